@@ -1,0 +1,165 @@
+"""The local disk as a `Storage`."""
+
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+
+from serving.errors import AccessDenied, Changed, Conflict, NotFound, StorageError
+from serving.storage import Entry, normalize, sha256
+
+
+class DiskStorage:
+    """Plain files. A file appears under its final name complete, or not at all."""
+
+    def list(self, uri: str) -> Iterator[Entry]:
+        """Walk the folder in the order of full paths, holding one directory's names at a time."""
+        root = normalize(uri)
+        with _sentences(root):
+            info = os.stat(root)
+        if not os.path.isdir(root):
+            yield _entry(root, info)
+            return
+        yield from _walk(root, frozenset([(info.st_dev, info.st_ino)]))
+
+    def stat(self, uri: str) -> Entry:
+        """Describe one file."""
+        path = normalize(uri)
+        with _sentences(path):
+            info = os.stat(path)
+        if os.path.isdir(path):
+            raise NotFound(f"{path} is a folder, not a file")
+        return _entry(path, info)
+
+    def read(self, uri: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:
+        """Read a file or a range of it; the etag is compared on the open file."""
+        path = normalize(uri)
+        with _sentences(path), open(path, "rb") as file:
+            if etag is not None and _etag(os.fstat(file.fileno())) != etag:
+                raise Changed(f"{path} has changed since it was listed")
+            if start:
+                file.seek(start)
+            return file.read(-1 if length is None else length)
+
+    def create(self, uri: str, data: bytes) -> bool:
+        """Write to a hidden neighbour, then link it to its name: the link fails if the name is taken."""
+        path = normalize(uri)
+        if os.path.exists(path):
+            return False
+        with _sentences(path):
+            temporary = _write_beside(path, data)
+            try:
+                return _link_once(temporary, path)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary)
+
+    def read_pointer(self, uri: str) -> tuple[bytes, str] | None:
+        """Read the file; its token is the hash of its bytes."""
+        try:
+            data = self.read(uri)
+        except NotFound:
+            return None
+        return data, sha256(data)
+
+    def swap_pointer(self, uri: str, data: bytes, token: str | None) -> None:
+        """Compare and rename under a lock that the system drops with the process."""
+        path = normalize(uri)
+        with _sentences(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(f"{path}.lock", "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                present = self.read_pointer(path)
+                if (present[1] if present else None) != token:
+                    raise Conflict(f"{path} was moved by another run; look at it, then run again")
+                os.replace(_write_beside(path, data), path)
+
+    def delete(self, uri: str) -> None:
+        """Remove a file; a missing one is no error."""
+        path = normalize(uri)
+        with _sentences(path), suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[Entry]:
+    with _sentences(folder), os.scandir(folder) as scan:
+        # A folder sorts as "name/", which makes a depth-first walk the order of whole paths.
+        children = sorted((entry.name + "/" * _is_folder(entry), entry) for entry in scan)
+    for name, child in children:
+        try:
+            info = child.stat()
+        except OSError:
+            info = child.stat(follow_symlinks=False)  # a dangling link is listed, and rejected when read
+        if not name.endswith("/"):
+            yield _entry(child.path, info)
+        elif (info.st_dev, info.st_ino) not in above:  # a link to a folder above would never end
+            yield from _walk(child.path, above | {(info.st_dev, info.st_ino)})
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _entry(path: str, info: os.stat_result) -> Entry:
+    # A name that is no UTF-8 has no URI; its escaped spelling is listed, and rejected when it cannot be read.
+    uri = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return Entry(uri, info.st_size, _etag(info), info.st_mtime_ns // 1000)
+
+
+def _etag(info: os.stat_result) -> str:
+    return f"{info.st_mtime_ns:x}-{info.st_size:x}"
+
+
+def _write_beside(path: str, data: bytes) -> str:
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return temporary
+
+
+def _link_once(temporary: str, path: str) -> bool:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        # A file system without hard links: take the name first, then fill it in one step.
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        os.replace(temporary, path)
+    return True
+
+
+class _sentences:  # noqa: N801 (reads as a verb: with _sentences(path))
+    """Turn the system's errors into ours, naming the path."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise NotFound(f"{self._path} does not exist") from error
+        if isinstance(error, PermissionError):
+            raise AccessDenied(f"{self._path}: permission denied") from error
+        if isinstance(error, OSError):
+            raise StorageError(f"{self._path}: {error.strerror or error}") from error
