@@ -6,6 +6,8 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import suppress
+from operator import itemgetter
+from typing import BinaryIO
 
 from serving.errors import AccessDenied, Changed, Conflict, NotFound, StorageError
 from serving.storage import Entry, normalize, sha256
@@ -83,15 +85,22 @@ class DiskStorage:
             os.unlink(path)
 
 
+def open_file(uri: str) -> BinaryIO:
+    """Open a file for reading."""
+    path = normalize(uri)
+    with _sentences(path):
+        return open(path, "rb")
+
+
 def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[Entry]:
     with _sentences(folder), os.scandir(folder) as scan:
         # A folder sorts as "name/", which makes a depth-first walk the order of whole paths.
-        children = sorted((entry.name + "/" * _is_folder(entry), entry) for entry in scan)
+        named = ((_spelled(entry.name) + "/" * _is_folder(entry), entry) for entry in scan)
+        children = sorted(named, key=itemgetter(0))
     for name, child in children:
-        try:
-            info = child.stat()
-        except OSError:
-            info = child.stat(follow_symlinks=False)  # a dangling link is listed, and rejected when read
+        info = _described(child)
+        if info is None:
+            continue
         if not name.endswith("/"):
             yield _entry(child.path, info)
         elif (info.st_dev, info.st_ino) not in above:  # a link to a folder above would never end
@@ -105,10 +114,22 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _entry(path: str, info: os.stat_result) -> Entry:
+def _described(child: os.DirEntry[str]) -> os.stat_result | None:
+    try:
+        return child.stat()
+    except OSError:
+        with suppress(FileNotFoundError):  # removed since its name was read
+            return child.stat(follow_symlinks=False)  # a dangling link is listed, and rejected when read
+    return None
+
+
+def _spelled(path: str) -> str:
     # A name that is no UTF-8 has no URI; its escaped spelling is listed, and rejected when it cannot be read.
-    uri = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return Entry(uri, info.st_size, _etag(info), info.st_mtime_ns // 1000)
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _entry(path: str, info: os.stat_result) -> Entry:
+    return Entry(_spelled(path), info.st_size, _etag(info), info.st_mtime_ns // 1000)
 
 
 def _etag(info: os.stat_result) -> str:
@@ -134,18 +155,22 @@ def _write_beside(path: str, data: bytes) -> str:
 def _link_once(temporary: str, path: str) -> bool:
     try:
         os.link(temporary, path)
+        return True
     except FileExistsError:
         return False
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
             raise
-        # A file system without hard links: take the name first, then fill it in one step.
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
+    # A file system without hard links: look and rename, with the other writers locked out of the folder.
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if os.path.lexists(path):
             return False
         os.replace(temporary, path)
-    return True
+        return True
+    finally:
+        os.close(folder)
 
 
 class _sentences:  # noqa: N801 (reads as a verb: with _sentences(path))

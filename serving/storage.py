@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol, cast
@@ -120,9 +121,14 @@ def _client(scheme: str) -> Storage:
     return DiskStorage()
 
 
+# functools.cache alone would let threads that start together each make a client.
+_making = threading.Lock()
+
+
 def of(uri: str) -> Storage:
     """Return the process's client for `uri`."""
-    return _client(scheme_of(uri))
+    with _making:
+        return _client(scheme_of(uri))
 
 
 def list_entries(uri: str) -> Iterator[Entry]:
@@ -152,10 +158,9 @@ def exists(uri: str) -> bool:
 def open_binary(uri: str) -> BinaryIO:
     """Open an object for reading with seeks: the file itself on disk, ranged reads elsewhere."""
     if scheme_of(uri) == "file":
-        try:
-            return open(normalize(uri), "rb")
-        except FileNotFoundError:
-            raise NotFound(f"{uri} does not exist") from None
+        from serving.disk import open_file
+
+        return open_file(uri)
     # Reading ahead by 1 MiB keeps Parquet's footer and a small column chunk at one request each.
     return cast(BinaryIO, io.BufferedReader(_RangeReader(uri), buffer_size=1 << 20))
 
@@ -166,12 +171,12 @@ def sha256(data: bytes | memoryview) -> str:
 
 
 class _RangeReader(io.RawIOBase):
-    """A seekable view of a remote object."""
+    """A seekable view of a remote object; `Changed` when it is replaced meanwhile."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
         entry = of(uri).stat(uri)
-        self._size = entry.size
+        self._size, self._etag = entry.size, entry.etag
         self._at = 0
 
     def readable(self) -> bool:
@@ -192,7 +197,7 @@ class _RangeReader(io.RawIOBase):
         length = min(len(buffer), self._size - self._at)
         if length <= 0:
             return 0
-        data = of(self._uri).read(self._uri, self._at, length)
+        data = of(self._uri).read(self._uri, self._at, length, self._etag)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

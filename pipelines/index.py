@@ -1,0 +1,223 @@
+"""A store's embeddings → a published index version: train, encode, merge, measure, publish."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+
+from pipelines.runner import Runner
+from serving import storage
+from serving.embedder import copy_artifact
+from serving.errors import Conflict, EmbedderMismatch, NotFound, UsageError
+from serving.index import Index
+from serving.manifest import (
+    Document,
+    FileEntry,
+    IndexManifest,
+    RunManifest,
+    SearchSettings,
+    built_with,
+    load_index_manifest,
+    load_run_manifest,
+    move_current,
+    now,
+    read_current,
+)
+from serving.quantizer import Quantizer
+from transforms.encoding import TRAINED, EncodeParts, EncodeSettings, load_quantizer, partial_uri, quantizer_folder
+from transforms.measuring import make_probe, measure, tune
+from transforms.merging import MergeSettings, MergeShards, ShardDocument, shard_document
+from transforms.sampling import live_rows, sample
+from transforms.schema import BUCKETS
+from transforms.training import SALT, Design, design, train
+
+_ROWS_PER_SHARD = 250_000
+
+
+@dataclass(frozen=True, slots=True)
+class IndexRequest:
+    """Which store to index where, and how. URIs are normalized."""
+
+    store: str
+    index: str
+    dim: int = 128
+    nlist: int | None = None
+    shards: int = 0
+    """0 chooses by the number of rows."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shards <= BUCKETS:
+            raise UsageError(f"--shards is {self.shards}; take 1 to {BUCKETS}, or 0 to choose by the number of rows")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedDocument(Document):
+    """What a quantizer was trained on, `encoded/<quantizer>/trained.json`."""
+
+    quantizer: str
+    embedder: str
+    design: Design
+    rows: int
+    store: str
+    run: str
+    created: str
+
+
+def train_quantizer(request: IndexRequest, run: RunManifest) -> TrainedDocument:
+    """Train on a deterministic sample of a run's live rows and keep the quantizer under its id."""
+    if not run.live:
+        raise UsageError(f"{request.store} holds no embedded image to index; its {run.rows} images were all rejected")
+    shape = design(run.live, run.dim, request.dim, request.nlist)
+    live = live_rows(request.store, run, ("uri", "part", "row", "uri_hash"))
+    data = train(shape, run.dim, sample(live, shape.sample, SALT).vectors())
+    trained = TrainedDocument(
+        quantizer=Quantizer(data).id,
+        embedder=run.embedder.fingerprint,
+        design=shape,
+        rows=run.live,
+        store=request.store,
+        run=run.run_id,
+        created=now(),
+    )
+    folder = quantizer_folder(request.index, trained.quantizer)
+    storage.create(storage.join(folder, TRAINED), data)
+    storage.create(storage.join(folder, "trained.json"), trained.to_json())
+    return trained
+
+
+def load_trained(index: str, quantizer: str) -> TrainedDocument:
+    """Load what is known of a trained quantizer."""
+    uri = storage.join(quantizer_folder(index, quantizer), "trained.json")
+    try:
+        return TrainedDocument.load(uri)
+    except NotFound:
+        raise NotFound(f"{index} has no quantizer {quantizer}; train one with `lookalike train`") from None
+
+
+def build_version(request: IndexRequest, run: RunManifest, trained: TrainedDocument, runner: Runner) -> IndexManifest:
+    """Encode what is not encoded yet, merge shards, measure, and write the version's manifest; publish nothing."""
+    if trained.embedder != run.embedder.fingerprint:
+        raise EmbedderMismatch(
+            f"the quantizer {trained.quantizer} was trained on vectors of the embedder {trained.embedder}, the store "
+            f"holds those of {run.embedder.fingerprint}; train one on this store"
+        )
+    shards = request.shards or max(1, min(BUCKETS, round(run.live / _ROWS_PER_SHARD)))
+    version = version_name(run, trained.quantizer, shards)
+    folder = storage.join(request.index, "versions", version)
+    if storage.exists(storage.join(folder, "manifest.json")):
+        return IndexManifest.load(storage.join(folder, "manifest.json"))
+    embedder = storage.join(request.store, "embedders", run.embedder.fingerprint)
+    copy_artifact(embedder, storage.join(request.index, "embedders"))
+    _encode(request, run, trained.quantizer, runner)
+    _merge(request, run, trained.quantizer, version, shards, runner)
+    manifest = _describe(request, run, trained, version, shards)
+    manifest = _measured(request, run, manifest)
+    storage.create(storage.join(folder, "manifest.json"), manifest.to_json())
+    return manifest
+
+
+def publish(index: str, version: str, token: str | None) -> None:
+    """Move `CURRENT` to a finished version, unless it moved since `token` was read."""
+    try:
+        move_current(index, "version", version, token)
+    except Conflict:
+        raise Conflict(
+            f"{index} was published by another run meanwhile; version {version} is finished and not current, "
+            "run again to look at both"
+        ) from None
+
+
+def run(request: IndexRequest, runner: Runner) -> tuple[IndexManifest, bool]:
+    """Index a store and publish; return the current manifest and whether it is a new version."""
+    current = read_current(request.index, "version")
+    source = load_run_manifest(request.store)
+    published = load_index_manifest(request.index, current[0]) if current else None
+    if published is not None and published.lineage.get("inputs") == _inputs(request, source):
+        return published, False
+    manifest = build_version(request, source, train_quantizer(request, source), runner)
+    publish(request.index, manifest.version, current[1] if current else None)
+    return manifest, True
+
+
+def _inputs(request: IndexRequest, run: RunManifest) -> str:
+    """Hash what a version is made from before anything is trained."""
+    made_from = [[file.sha256 for file in run.catalog], request.dim, request.nlist, request.shards]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+
+
+def version_name(run: RunManifest, quantizer: str, shards: int) -> str:
+    """Name a version by what it is made of, so that building it again finds it."""
+    made_of = [quantizer, shards, [file.sha256 for file in run.catalog]]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+
+
+def _encode(request: IndexRequest, run: RunManifest, quantizer: str, runner: Runner) -> None:
+    missing = [part.name for part in run.parts if not storage.exists(partial_uri(request.index, quantizer, part.name))]
+    with runner.heartbeats() as heartbeats:
+        settings = EncodeSettings(request.store, request.index, quantizer, heartbeats)
+        _run_stage(runner, "encode", "part", missing, EncodeParts(settings), heartbeats)
+
+
+def _merge(request: IndexRequest, run: RunManifest, quantizer: str, version: str, shards: int, runner: Runner) -> None:
+    catalog = tuple(storage.join(request.store, file.name) for file in run.catalog)
+    with runner.heartbeats() as heartbeats:
+        settings = MergeSettings(request.index, version, quantizer, shards, catalog, heartbeats)
+        _run_stage(runner, "merge", "shard", range(shards), MergeShards(settings), heartbeats)
+
+
+def _run_stage(
+    runner: Runner, stage: str, unit: str, names: Sequence[Any], step: beam.PTransform, heartbeats: str | None
+) -> None:
+    def build(pipeline: beam.Pipeline) -> None:
+        _ = pipeline | f"Name{unit.title()}s" >> beam.Create(list(names)) | step
+
+    if names:
+        runner.run(stage, len(names), unit, build, heartbeats)
+
+
+def _describe(
+    request: IndexRequest, run: RunManifest, trained: TrainedDocument, version: str, shards: int
+) -> IndexManifest:
+    folder = storage.join(request.index, "versions", version)
+    data = storage.read(storage.join(quantizer_folder(request.index, trained.quantizer), TRAINED))
+    storage.create(storage.join(folder, TRAINED), data)
+    shape = trained.design
+    built = tuple(ShardDocument.load(shard_document(folder, number, shards)).shard for number in range(shards))
+    return IndexManifest(
+        version=version,
+        kind=shape.kind,
+        metric="cosine",
+        rows=sum(shard.rows for shard in built),
+        dim=run.dim,
+        reduced_dim=shape.dim,
+        embedder=run.embedder,
+        quantizer=trained.quantizer,
+        trained=FileEntry.of(TRAINED, data),
+        shards=built,
+        parameters={"nlist": shape.nlist, "code_bytes": shape.code_bytes, "trained_on": shape.sample},
+        search=SearchSettings(shape.nlist, 0),
+        measured={},
+        lineage={
+            "store": request.store,
+            "run": run.run_id,
+            "images": list(run.images),
+            "inputs": _inputs(request, run),
+        },
+        created=now(),
+        built_with=built_with(),
+    )
+
+
+def _measured(request: IndexRequest, run: RunManifest, manifest: IndexManifest) -> IndexManifest:
+    """Open the version as a reader would, tune it, and record what was measured."""
+    index = Index(request.index, manifest)
+    probe = make_probe(
+        live_rows(request.store, run, ("uri", "label", "part", "row", "uri_hash")),
+        load_quantizer(request.index, manifest.quantizer),
+    )
+    settings = tune(index, probe)
+    return dataclasses.replace(manifest, search=settings, measured=measure(index, probe, settings))

@@ -1,0 +1,137 @@
+"""Run a graph on the runner that was meant."""
+
+import argparse
+import difflib
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, SetupOptions, StandardOptions
+
+from serving.errors import RunFailed, UsageError
+from transforms.metrics import counters
+from transforms.progress import watch
+
+LOCAL = ("DirectRunner", "FnApiRunner", "SwitchingDirectRunner")
+
+
+class Progress(Protocol):
+    """What is told how far a stage has come."""
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        """Begin a stage of `total` items."""
+        ...
+
+    def update(self, done: int, rejected: int) -> None:
+        """Say how many items are done in all, and how many of them were rejected."""
+        ...
+
+    def finish(self) -> None:
+        """End the stage."""
+        ...
+
+
+class Silent:
+    """A `Progress` that says nothing."""
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        """Say nothing."""
+
+    def update(self, done: int, rejected: int) -> None:
+        """Say nothing."""
+
+    def finish(self) -> None:
+        """Say nothing."""
+
+
+class Runner:
+    """Beam options, and the one way graphs are run with them.
+
+    `arguments` are Beam's own flags. Without `--runner` it is the local one: Beam's FnApiRunner, pinned.
+    """
+
+    def __init__(self, arguments: Sequence[str] = (), progress: Progress | None = None) -> None:
+        _refuse_unknown(arguments)
+        self._arguments = list(arguments)
+        self.progress: Progress = progress or Silent()
+        self.last_result: Any = None
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether workers share this machine."""
+        name = self.options().view_as(StandardOptions).runner
+        return name is None or name.rpartition(".")[2] in LOCAL
+
+    @property
+    def worker_processes(self) -> int:
+        """Return how many workers share this machine's cores."""
+        return max(1, self.options().view_as(DirectOptions).direct_num_workers) if self.is_local else 1
+
+    def options(self) -> PipelineOptions:
+        """Build fresh options; a run may change them."""
+        # Otherwise DirectRunner tries Prism first (a download), and falls back to whatever suits the graph. This
+        # flag, which our batch graphs cannot feel, makes it choose FnApiRunner at once.
+        pinned = ["--allow_unsafe_triggers"] if not any(a.startswith("--allow_unsafe") for a in self._arguments) else []
+        options = PipelineOptions(self._arguments + pinned)
+        options.view_as(SetupOptions).save_main_session = False  # our packages are importable
+        return options
+
+    @contextmanager
+    def heartbeats(self) -> Iterator[str | None]:
+        """Lend a folder for the workers' heartbeats; None where workers are on other machines."""
+        if not self.is_local:
+            yield None
+            return
+        folder = tempfile.mkdtemp(prefix="lookalike-")
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def run(
+        self,
+        stage: str,
+        total: int,
+        unit: str,
+        build: Callable[[beam.Pipeline], Any],
+        heartbeats: str | None,
+    ) -> dict[str, int]:
+        """Build and run a graph, showing progress of `total` items; return its counters."""
+        self.progress.start(stage, total, unit)
+        try:
+            if heartbeats is None:
+                return self._run(build)
+            with watch(Path(heartbeats), self.progress.update):
+                return self._run(build)
+        finally:
+            self.progress.finish()
+
+    def _run(self, build: Callable[[beam.Pipeline], Any]) -> dict[str, int]:
+        quiet = logging.getLogger("apache_beam.runners.portability.local_job_service")
+        quiet.setLevel(logging.ERROR)  # worker processes warn of their own launch flags
+        pipeline = beam.Pipeline(options=self.options())
+        build(pipeline)
+        result = self.last_result = pipeline.run()
+        state = result.wait_until_finish()
+        if state is not None and state != "DONE":
+            raise RunFailed(f"the pipeline ended as {state}; the runner's log says why")
+        return counters(result)
+
+
+def _refuse_unknown(arguments: Sequence[str]) -> None:
+    """Beam drops flags it does not know with a warning; a mistyped option must not be lost like that."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, conflict_handler="resolve")
+    for options in [PipelineOptions, *PipelineOptions.__subclasses__()]:
+        options._add_argparse_args(parser)
+    known = parser._option_string_actions
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UsageError(f"{name} is no option of this job nor of Beam{hint}; see --help")

@@ -1,0 +1,110 @@
+"""A part becomes a partial: the codes of its vectors under one trained quantizer, kept for every later merge."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from serving import storage
+from serving.quantizer import Quantizer
+from transforms.metrics import StageMetrics
+from transforms.progress import Heartbeat
+from transforms.sampling import embeddings
+from transforms.schema import EMBEDDED, open_parquet, partial_schema, to_parquet, uri_hash
+
+TRAINED = "trained.faiss"
+_ROW_GROUP = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeSettings:
+    """What a worker needs to know."""
+
+    store: str
+    index: str
+    quantizer: str
+    heartbeat: str | None = None
+
+
+def quantizer_folder(index: str, quantizer: str) -> str:
+    """Return where a quantizer and its partials stand."""
+    return storage.join(index, "encoded", quantizer)
+
+
+def partial_uri(index: str, quantizer: str, part: str) -> str:
+    """Return where the partial of the part named `part` (relative to its store) stands."""
+    return storage.join(quantizer_folder(index, quantizer), storage.name_of(part))
+
+
+def load_quantizer(index: str, quantizer: str) -> Quantizer:
+    """Load a trained quantizer by its id."""
+    return Quantizer(storage.read(storage.join(quantizer_folder(index, quantizer), TRAINED)))
+
+
+def encode_part(uri: str, quantizer: Quantizer) -> pa.Table:
+    """Encode a part's embedded rows, one row group in memory at a time, and sort the codes by uri hash."""
+    schema = partial_schema(quantizer.code_size, quantizer.refine_size)
+    tables = []
+    with open_parquet(uri) as file:
+        first = 0
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=["uri", "status", "embedding"])
+            tables.append(_encode_group(table, first, quantizer, schema))
+            first += len(table)
+    return pa.concat_tables([schema.empty_table(), *tables]).sort_by([("uri_hash", "ascending"), ("row", "ascending")])
+
+
+def _encode_group(table: pa.Table, first: int, quantizer: Quantizer, schema: pa.Schema) -> pa.Table:
+    rows = np.flatnonzero(pc.equal(table["status"], EMBEDDED).to_numpy())
+    table = table.take(pa.array(rows))
+    codes = quantizer.encode(embeddings(table["embedding"], quantizer.dim))
+    columns = [
+        pa.array([uri_hash(uri) for uri in table["uri"].to_pylist()], pa.uint64()),
+        pa.array((rows + first).astype(np.int32)),
+        *(_binary(codes_of) for codes_of in (codes.codes, codes.refine) if codes_of is not None),
+    ]
+    return pa.table(columns, schema)
+
+
+def _binary(codes: np.ndarray) -> pa.Array:
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(codes))]
+    return pa.Array.from_buffers(pa.binary(codes.shape[1]), len(codes), buffers)
+
+
+class EncodePart(beam.DoFn):
+    """Write the partial of the part of a name; a partial that exists is done."""
+
+    def __init__(self, settings: EncodeSettings) -> None:
+        self._settings = settings
+
+    def setup(self) -> None:
+        """Load the quantizer."""
+        self._metrics = StageMetrics("encode")
+        self._heartbeat = Heartbeat(self._settings.heartbeat)
+        self._quantizer = load_quantizer(self._settings.index, self._settings.quantizer)
+
+    def process(self, part: str) -> Iterator[tuple[str, int]]:
+        """Yield the part's name and how many rows were encoded."""
+        settings = self._settings
+        target = partial_uri(settings.index, settings.quantizer, part)
+        if not storage.exists(target):
+            table = encode_part(storage.join(settings.store, part), self._quantizer)
+            storage.create(target, to_parquet(table, row_group=_ROW_GROUP))
+            self._metrics.count("vectors", len(table))
+            yield part, len(table)
+        self._heartbeat.add(1)
+        self._heartbeat.flush()
+
+
+@dataclass
+class EncodeParts(beam.PTransform):
+    """Names of parts → one record a part encoded: name, vectors."""
+
+    settings: EncodeSettings
+
+    def expand(self, parts: beam.PCollection) -> beam.PCollection:
+        """Spread the names over the workers."""
+        return parts | "SpreadParts" >> beam.Reshuffle() | "EncodePart" >> beam.ParDo(EncodePart(self.settings))

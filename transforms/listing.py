@@ -1,0 +1,168 @@
+"""List images: folders, globs and manifests on disk or in a bucket, as one stream sorted by uri."""
+
+import csv
+import fnmatch
+import heapq
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from serving import storage
+from serving.errors import NotFound, UsageError
+from serving.storage import Entry
+from transforms.schema import ImageRef
+
+# What people keep pictures in. Those we cannot decode are here too: better a counted reject than silence.
+EXTENSIONS = {
+    *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif"),
+    *("ppm", "pgm", "pbm", "pnm", "heic", "heif", "jxl", "jp2", "j2k"),
+}
+MANIFESTS = (".csv", ".parquet", ".jsonl", ".ndjson")
+
+_STATS_AT_ONCE = 16
+
+
+class Listing:
+    """Everything a run was pointed at, sorted by uri, each uri once. Iterate as often as needed.
+
+    `labels` is `parent` (the name of the image's folder below the one listed), `none`, or a manifest to look uris up
+    in. A manifest among the `inputs` brings its own labels. `skipped` counts the files that a folder listing passed
+    over because their names are no image's; `all_files` lists those too.
+    """
+
+    def __init__(self, inputs: Sequence[str], labels: str = "parent", all_files: bool = False) -> None:
+        if not inputs:
+            raise UsageError("no images were named; give a folder, a glob, gs://bucket/prefix or a manifest")
+        self.inputs = tuple(storage.normalize(uri) for uri in inputs)
+        self.skipped = 0
+        self._all_files = all_files
+        self._parent = labels == "parent"
+        self._labels = None if labels in ("parent", "none") else dict(read_manifest(storage.normalize(labels)))
+
+    def __iter__(self) -> Iterator[ImageRef]:
+        self.skipped = 0
+        last = None
+        for ref in heapq.merge(*map(self._refs, self.inputs), key=lambda ref: ref.uri):
+            if ref.uri != last:
+                yield ref
+            last = ref.uri
+
+    def _refs(self, uri: str) -> Iterator[ImageRef]:
+        if uri.lower().endswith(MANIFESTS):
+            yield from _manifest_refs(uri)
+            return
+        root, pattern = split_glob(uri)
+        for entry in _entries(root):
+            if pattern is not None:
+                if not matches(tuple(entry.uri[len(root) + 1 :].split("/")), pattern):
+                    continue
+            elif not self._all_files and entry.uri != root and not is_image_name(entry.uri):
+                self.skipped += 1
+                continue
+            yield ImageRef(entry.uri, entry.etag, entry.size, entry.updated, self._label(entry.uri, root))
+
+    def _label(self, uri: str, root: str) -> str | None:
+        if self._labels is not None:
+            return self._labels.get(uri)
+        folders = uri[len(root) + 1 :].split("/")[:-1]
+        return folders[-1] if self._parent and folders else None
+
+
+def is_image_name(uri: str) -> bool:
+    """Tell whether the name ends like a picture's."""
+    return uri.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def split_glob(uri: str) -> tuple[str, tuple[str, ...] | None]:
+    """Split a glob into the folder before its first wildcard and the pattern's parts; no wildcard, no parts."""
+    if not any(char in uri for char in "*?[") or (storage.scheme_of(uri) == "file" and storage.exists(uri)):
+        return uri, None
+    parts = uri.split("/")
+    first = next(i for i, part in enumerate(parts) if any(char in part for char in "*?["))
+    if storage.scheme_of(uri) == "file":
+        # A folder whose own name holds a wildcard character is meant literally.
+        while first < len(parts) and os.path.isdir("/".join(parts[: first + 1])):
+            first += 1
+    return ("/".join(parts[:first]) or "/", tuple(parts[first:]) or None)
+
+
+def matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Match the parts of a path against a glob's: `*`, `?` and `[…]` stay within a part, `**` spans any number."""
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(matches(path[i:], pattern[1:]) for i in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and matches(path[1:], pattern[1:])
+
+
+def read_manifest(uri: str) -> list[tuple[str, str | None]]:
+    """Read (uri, label) pairs from CSV, Parquet or JSONL; relative uris are looked up beside the manifest."""
+    reader = {".csv": _read_csv, ".parquet": _read_parquet}.get(uri[uri.rfind(".") :].lower(), _read_jsonl)
+    try:
+        rows = reader(storage.read(uri))
+    except (pa.ArrowInvalid, ValueError, csv.Error) as error:
+        raise UsageError(f"{uri} cannot be read as a manifest: {error}") from None
+    folder = uri.rpartition("/")[0]
+    seen: dict[str, str | None] = {}
+    for name, label in rows:
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"{uri}: every row needs a `uri`; one has {name!r}")
+        plain = "://" not in name and not name.startswith(("/", "~"))
+        image = storage.normalize(storage.join(folder, name) if plain else name)
+        text = None if label in (None, "") else str(label)
+        if seen.setdefault(image, text) != text:
+            raise UsageError(f"{uri} names {image} twice, as {seen[image]!r} and as {text!r}; keep one")
+    return list(seen.items())
+
+
+def _read_csv(data: bytes) -> list[tuple[str | None, str | None]]:
+    rows = csv.DictReader(data.decode("utf-8-sig").splitlines())
+    if "uri" not in (rows.fieldnames or ()):
+        raise ValueError(f"the first line must name a column `uri`; it names {rows.fieldnames}")
+    return [(row["uri"], row.get("label")) for row in rows]
+
+
+def _read_parquet(data: bytes) -> list[tuple[str | None, str | None]]:
+    table = pq.read_table(pa.BufferReader(data))
+    if "uri" not in table.column_names:
+        raise ValueError(f"it needs a column `uri`; it has {table.column_names}")
+    labels = table["label"].to_pylist() if "label" in table.column_names else itertools.repeat(None, len(table))
+    return list(zip(table["uri"].to_pylist(), labels, strict=True))
+
+
+def _read_jsonl(data: bytes) -> list[tuple[str | None, str | None]]:
+    rows = [json.loads(line) for line in data.decode().splitlines() if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError('every line must be an object like {"uri": "…", "label": "…"}')
+    return [(row.get("uri"), row.get("label")) for row in rows]
+
+
+def _manifest_refs(uri: str) -> Iterator[ImageRef]:
+    labels = sorted(read_manifest(uri))
+    with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
+        for entry, (_, label) in zip(pool.map(_stat, (image for image, _ in labels)), labels, strict=True):
+            yield ImageRef(entry.uri, entry.etag, entry.size, entry.updated, label)
+
+
+def _stat(uri: str) -> Entry:
+    try:
+        return storage.of(uri).stat(uri)
+    except NotFound:
+        return Entry(uri, 0, "", 0)  # listed all the same, and rejected when it cannot be read
+
+
+def _entries(root: str) -> Iterator[Entry]:
+    entries = storage.list_entries(root)
+    first = next(entries, None)
+    if first is not None:
+        yield first
+        yield from entries
+    elif storage.scheme_of(root) != "file" and storage.split_bucket(root)[1]:
+        with suppress(NotFound):  # a bucket's prefix may be the name of one object
+            yield storage.of(root).stat(root)

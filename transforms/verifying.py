@@ -1,0 +1,167 @@
+"""Check again, from the files, everything that manifests claim; each fault becomes one sentence."""
+
+from collections.abc import Iterable, Iterator
+
+import faiss
+import numpy as np
+
+from serving import records, storage
+from serving.embedder import read_description
+from serving.errors import LookalikeError, NotFound
+from serving.manifest import EmbedderRef, FileEntry, IndexManifest, RunManifest, Shard
+from serving.quantizer import Quantizer
+from transforms.catalog import part_name, read_catalog
+from transforms.planning import ListingDigest
+from transforms.schema import (
+    CATALOG,
+    EMBEDDED,
+    UNIT,
+    CatalogRow,
+    ImageRef,
+    hash_range,
+    iter_rows,
+    read_parquet,
+    uri_hash,
+)
+
+
+def check_files(folder: str, entries: Iterable[FileEntry]) -> Iterator[str]:
+    """Compare files with their entries; a file holding what another should is called by that other's name."""
+    listed = list(entries)
+    by_hash = {entry.sha256: entry.name for entry in listed}
+    for entry in listed:
+        uri = storage.join(folder, entry.name)
+        try:
+            data = storage.read(uri)
+        except NotFound:
+            yield f"{uri} is missing"
+            continue
+        found = storage.sha256(data)
+        if found == entry.sha256:
+            continue
+        if found in by_hash:
+            yield f"{uri} is swapped: it holds what {by_hash[found]} should"
+        elif len(data) != entry.size:
+            yield f"{uri} is damaged: {len(data):,} bytes instead of {entry.size:,}"
+        else:
+            yield f"{uri} is damaged: its bytes are not those that were written"
+
+
+def check_embedder(root: str, ref: EmbedderRef) -> Iterator[str]:
+    """Check that the artifact of `ref` is there, whole, and the one it is called."""
+    uri = storage.join(root, "embedders", ref.fingerprint)
+    try:
+        document = read_description(uri)
+        yield from check_files(uri, [document.model])
+        if document.spec.ref != ref:
+            yield f"{uri} is another embedder ({document.spec.ref}) than the manifest names ({ref})"
+    except LookalikeError as error:
+        yield str(error)
+
+
+def shard_files(manifest: IndexManifest) -> list[FileEntry]:
+    """Return all files that a version's manifest names."""
+    shards = [entry for shard in manifest.shards for entry in (shard.lists, shard.refine, shard.records) if entry]
+    return [manifest.trained, *shards]
+
+
+def check_version(root: str, manifest: IndexManifest) -> Iterator[str]:
+    """Check one index version: files, embedder, and what is inside the shards."""
+    folder = storage.join(root, "versions", manifest.version)
+    faults = [*check_files(folder, shard_files(manifest)), *check_embedder(root, manifest.embedder)]
+    yield from faults
+    if faults:
+        return  # what is inside damaged files tells nothing more
+    try:
+        yield from _check_content(root, folder, manifest)
+    except LookalikeError as error:
+        yield str(error)
+
+
+def _check_content(root: str, folder: str, manifest: IndexManifest) -> Iterator[str]:
+    quantizer = Quantizer(manifest.trained.read(folder))
+    if quantizer.id != manifest.quantizer:
+        yield f"{folder}: {manifest.trained.name} is the quantizer {quantizer.id}, not {manifest.quantizer}"
+    spec = read_description(storage.join(root, "embedders", manifest.embedder.fingerprint)).spec
+    if not spec.dim == manifest.dim == quantizer.dim:
+        yield (
+            f"{folder} is an index of another embedder: its vectors have {quantizer.dim} dimensions, the manifest "
+            f"says {manifest.dim}, the embedder {spec.fingerprint} gives {spec.dim}"
+        )
+    for shard in manifest.shards:
+        yield from _check_shard(folder, shard, quantizer)
+    if sum(shard.rows for shard in manifest.shards) != manifest.rows:
+        yield f"{folder}: the shards' rows do not add up to the {manifest.rows:,} of the manifest"
+
+
+def _check_shard(folder: str, shard: Shard, quantizer: Quantizer) -> Iterator[str]:
+    lists = faiss.deserialize_index(np.frombuffer(shard.lists.read(folder), np.uint8))
+    table = records.from_buffer(shard.records.read(folder), shard.records.name)
+    counts = {shard.lists.name: lists.ntotal, shard.records.name: len(table)}
+    if shard.refine is not None:
+        refine = faiss.deserialize_index(np.frombuffer(shard.refine.read(folder), np.uint8))
+        counts[shard.refine.name] = refine.ntotal
+    for name, count in counts.items():
+        if count != shard.rows:
+            yield f"{folder}/{name} holds {count:,} rows, the manifest says {shard.rows:,}"
+    if lists.code_size != quantizer.ivf.code_size:
+        yield f"{folder}/{shard.lists.name} was encoded with another quantizer than {quantizer.id}"
+    uris = table["uri"].to_pylist()
+    low, high = hash_range(shard.buckets)
+    if uris != sorted(uris) or not all(low <= uri_hash(uri) <= high for uri in uris):
+        yield f"{folder}/{shard.records.name} holds rows of another shard, or out of order"
+
+
+def check_run(store: str, manifest: RunManifest) -> Iterator[str]:
+    """Check one run of a store: files, embedder, accounting, and catalog against parts."""
+    plan = storage.join(store, "runs", manifest.run_id, "plan")
+    faults = [
+        *check_files(store, [*manifest.parts, *manifest.catalog]),
+        *check_files(plan, manifest.plan),
+        *check_embedder(store, manifest.embedder),
+    ]
+    yield from faults
+    if not faults:
+        yield from _check_accounting(store, plan, manifest)
+        yield from _check_rows(store, manifest)
+
+
+def _check_accounting(store: str, plan: str, manifest: RunManifest) -> Iterator[str]:
+    planned = [storage.join(plan, entry.name) for entry in manifest.plan]
+    units = iter_rows((uri for uri in planned if "/unit-" in uri), ImageRef, UNIT)
+    kept = iter_rows((uri for uri in planned if "/kept-" in uri), CatalogRow, CATALOG)
+    listed, live = ListingDigest(), ListingDigest()
+    fresh = {(ref.uri, ref.etag) for ref in units}
+    reused = {(row.uri, row.etag) for row in kept}
+    for uri, etag in sorted(fresh | reused):
+        listed.add(uri, etag)
+    embedded = rejected = rows = 0
+    for row in read_catalog(store, manifest):
+        live.add(row.uri, row.etag)
+        rows += 1
+        embedded += (row.uri, row.etag) in fresh and row.status == EMBEDDED
+        rejected += (row.uri, row.etag) in fresh and row.status != EMBEDDED
+    counts = manifest.accounting
+    if not listed.hex() == live.hex() == manifest.listing_digest:
+        yield f"run {manifest.run_id}: the catalog does not hold the very images that were listed"
+    seen = (len(fresh) + len(reused), embedded, len(reused), rejected)
+    if not counts.closes or seen != (counts.listed, counts.embedded, counts.reused, counts.rejects):
+        yield f"run {manifest.run_id}: the accounting does not close: {counts} against (listed, embedded, …) {seen}"
+    if rows != manifest.rows:
+        yield f"run {manifest.run_id}: the catalog has {rows:,} rows, the manifest says {manifest.rows:,}"
+
+
+def _check_rows(store: str, manifest: RunManifest) -> Iterator[str]:
+    """Look up every catalog row in its part."""
+    by_part: dict[str, list[CatalogRow]] = {}
+    for row in read_catalog(store, manifest):
+        by_part.setdefault(row.part, []).append(row)
+    for part, rows in by_part.items():
+        uri = storage.join(store, part_name(manifest.embedder.fingerprint, part))
+        table = read_parquet(uri, ["uri", "etag", "status", "reason", "embedding"])
+        have = list(zip(*(table[name].to_pylist() for name in ("uri", "etag", "status", "reason")), strict=True))
+        empty = table["embedding"].is_null().to_pylist()
+        for row in rows:
+            told = (row.uri, row.etag, row.status, row.reason)
+            if row.row >= len(have) or have[row.row] != told or empty[row.row] == (row.status == EMBEDDED):
+                yield f"{uri}: row {row.row} is not what the catalog says of {row.uri}"
