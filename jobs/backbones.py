@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from serving import storage
 from serving.embedder import DESCRIPTION, EmbedderSpec, write_artifact
 from serving.errors import UsageError
@@ -89,14 +91,30 @@ def build(backbone: Backbone, weights: str | None, seed: int = 0) -> Any:
     shape = (backbone.side, backbone.side, 3)
     options = {"include_top": True} if backbone.include_top else {"include_top": False, "pooling": AVERAGE}
     try:
-        network = getattr(application, backbone.application)(input_shape=shape, weights=weights, **options)
-    except (ValueError, OSError) as error:
+        with contextlib.redirect_stdout(io.StringIO()):  # where downloads are announced
+            network = getattr(application, backbone.application)(input_shape=shape, weights=weights, **options)
+    except Exception as error:  # Keras raises a bare Exception when a download fails
         reason = str(error).strip().splitlines()[0]
+        if weights == "imagenet":
+            reason += "; give a file with --weights FILE, or --weights untrained"
         raise UsageError(f"--weights {weights} cannot be used for {backbone.application}: {reason}") from error
-    vector = network.get_layer(backbone.layer).output if backbone.include_top else network.output
+    output = network.get_layer(backbone.layer).output if backbone.include_top else network.output
     pixels = keras.Input(shape, dtype="uint8")
     inputs = application.preprocess_input(keras.ops.cast(pixels, "float32"))
-    return keras.Model(pixels, keras.Model(network.input, vector)(inputs))
+    vector = keras.Model(network.input, output)(inputs)
+    if weights is None:
+        vector = keras.layers.Rescaling(_scale(keras.Model(pixels, vector), shape))(vector)
+    return keras.Model(pixels, vector)
+
+
+def _scale(model: Any, shape: tuple[int, int, int]) -> float:
+    """Return a power of two that brings a random network's outputs near 1.
+
+    Without it those of MobileNet are about 1e-11, which 16-bit floats take for nothing.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (2, *shape), np.uint8)
+    size = float(np.sqrt(np.square(model.predict(noise, verbose=0), dtype=np.float64).mean()))
+    return float(2.0 ** -round(np.log2(size)))
 
 
 def convert(model: Any) -> bytes:

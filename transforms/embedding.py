@@ -83,8 +83,9 @@ def embed_image(ref: ImageRef, embedder: Embedder, limits: Limits, precision: Pr
         clock.lap("decode")
         vector = embedder.embed(picture.pixels[np.newaxis])[0]
         clock.lap("infer")
-        if not np.abs(vector).max() <= np.finfo(precision).max:  # NaN fails every comparison
-            raise ImageRejected("unreadable", f"the embedder gave a vector that {precision} cannot hold")
+        range_ = np.finfo(precision)
+        if not range_.tiny <= np.abs(vector).max() <= range_.max:  # NaN fails every comparison
+            raise ImageRejected("unreadable", f"the embedder gave a vector of zeros, or one {precision} cannot hold")
         outcome.vector = vector
     except ImageRejected as error:
         outcome.reason, outcome.message = error.reason, error.message
@@ -102,13 +103,13 @@ def part_table(refs: list[ImageRef], outcomes: list[Outcome], schema: pa.Schema)
     return pa.table([*arrays, vectors], schema)
 
 
-def _vector_column(vectors: list[npt.NDArray[np.float32] | None], kind: pa.FixedSizeListType) -> pa.Array:
-    flat = np.zeros((len(vectors), kind.list_size), np.float16 if kind.value_type == pa.float16() else np.float32)
-    for row, vector in enumerate(vectors):
-        if vector is not None:
-            flat[row] = vector
+def _vector_column(vectors: list[npt.NDArray[np.float32] | None], kind: pa.ListType) -> pa.Array:
+    number = np.float16 if kind.value_type == pa.float16() else np.float32
+    found = [vector.astype(number) for vector in vectors if vector is not None]
+    flat = pa.array(np.concatenate([np.empty(0, number), *found]))
     missing = pa.array([vector is None for vector in vectors], pa.bool_())
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), type=kind, mask=missing)
+    ends = np.cumsum([0 if vector is None else len(vector) for vector in vectors], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(np.append(np.int32(0), ends)), flat, type=kind, mask=missing)
 
 
 class EmbedUnit(beam.DoFn):
@@ -123,7 +124,7 @@ class EmbedUnit(beam.DoFn):
         self._metrics = StageMetrics("embed")
         self._heartbeat = Heartbeat(settings.heartbeat)
         self._embedder = open_cached(storage.join(settings.store, "embedders", settings.fingerprint))
-        self._schema = part_schema(self._embedder.spec.dim, settings.precision)
+        self._schema = part_schema(settings.precision)
         # Each thread goes from bytes to vector by itself, with an interpreter of its own.
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="embed")
 
@@ -139,7 +140,8 @@ class EmbedUnit(beam.DoFn):
             outcomes = list(self._pool.map(self._embed, refs))
             started = time.perf_counter()
             table = part_table(refs, outcomes, self._schema)
-            metadata = {"lookalike.embedder": settings.fingerprint, "lookalike.unit": unit}
+            dim = str(self._embedder.spec.dim)
+            metadata = {"lookalike.embedder": settings.fingerprint, "lookalike.unit": unit, "lookalike.dim": dim}
             storage.create(target, to_parquet(table, row_group=_ROW_GROUP, metadata=metadata))
             self._count(outcomes, time.perf_counter() - started)
             yield unit, len(refs), sum(outcome.reason is not None for outcome in outcomes)

@@ -21,7 +21,7 @@ from transforms.schema import ImageRef
 # What people keep pictures in. Those we cannot decode are here too: better a counted reject than silence.
 EXTENSIONS = {
     *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif"),
-    *("ppm", "pgm", "pbm", "pnm", "heic", "heif", "jxl", "jp2", "j2k"),
+    *("ppm", "pgm", "pbm", "pnm", "heic", "heif", "jxl", "jp2", "j2k", "svg"),
 }
 MANIFESTS = (".csv", ".parquet", ".jsonl", ".ndjson")
 

@@ -91,9 +91,9 @@ def measure(index: Index, probe: Probe, settings: SearchSettings) -> dict[str, A
     answers = ask(index, probe, settings=settings)
     uris = [[hit.uri for hit in hits] for hits in answers]
     judged = [
-        bool(hits) and hits[0].label == label
+        hits[0].label == label
         for hits, label in zip(answers, probe.rows.column("label"), strict=True)
-        if label is not None
+        if hits and label is not None
     ]
     stored = sum(
         entry.size for shard in index.info.shards for entry in (shard.lists, shard.refine, shard.records) if entry

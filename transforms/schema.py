@@ -68,8 +68,12 @@ class CatalogRow(NamedTuple):
     uri_hash: int
 
 
-def part_schema(dim: int, precision: Precision) -> pa.Schema:
-    """Return the schema of a part: one row an image, `embedding` null where it was rejected."""
+def part_schema(precision: Precision) -> pa.Schema:
+    """Return the schema of a part: one row an image, `embedding` null where it was rejected.
+
+    A plain list, not one of fixed size: Arrow before 26 writes nulls among lists of fixed size and then cannot read
+    them (https://github.com/apache/arrow/issues/35692). The bytes in Parquet are the same.
+    """
     number = {"float16": pa.float16(), "float32": pa.float32()}[precision]
     return pa.schema(
         [
@@ -83,7 +87,7 @@ def part_schema(dim: int, precision: Precision) -> pa.Schema:
             pa.field("status", pa.string(), nullable=False),
             pa.field("reason", pa.string()),
             pa.field("message", pa.string()),
-            pa.field("embedding", pa.list_(number, dim)),
+            pa.field("embedding", pa.list_(pa.field("element", number, nullable=False))),
         ]
     )
 
