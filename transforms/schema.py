@@ -3,6 +3,7 @@
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -135,12 +136,15 @@ def to_parquet(table: pa.Table, *, row_group: int, metadata: dict[str, str] | No
     return sink.getvalue()
 
 
-def open_parquet(uri: str) -> pq.ParquetFile:
+@contextmanager
+def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file for partial reads."""
-    try:
-        return pq.ParquetFile(storage.open_binary(uri))
-    except pa.ArrowInvalid as error:
-        raise FormatError(f"{uri} cannot be read as Parquet: {error}") from None
+    with storage.open_binary(uri) as source:
+        try:
+            file = pq.ParquetFile(source)
+        except pa.ArrowInvalid as error:
+            raise FormatError(f"{uri} cannot be read as Parquet: {error}") from None
+        yield file
 
 
 def read_parquet(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
