@@ -138,13 +138,15 @@ def to_parquet(table: pa.Table, *, row_group: int, metadata: dict[str, str] | No
 
 @contextmanager
 def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file for partial reads."""
-    with storage.open_binary(uri) as source:
-        try:
-            file = pq.ParquetFile(source)
-        except pa.ArrowInvalid as error:
-            raise FormatError(f"{uri} cannot be read as Parquet: {error}") from None
-        yield file
+    """Open a Parquet file for partial reads; damage met on the way is a `FormatError`."""
+    try:
+        with storage.open_binary(uri) as source:
+            yield pq.ParquetFile(source)
+    except TimeoutError:
+        raise  # an OSError too, and no damage
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # most damage is an OSError to Arrow
+        line, *_ = str(error).partition("\n")
+        raise FormatError(f"{uri} cannot be read as Parquet: {line}") from None
 
 
 def read_parquet(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
