@@ -39,8 +39,12 @@ def parse(kind: type[T], argv: Sequence[str], verb: str, about: str, beam: bool 
     )
     _add_options(parser, kind)
     found, rest = parser.parse_known_args(list(argv))
-    if rest and not beam:
-        known = [name for name in parser._option_string_actions if name.startswith("--")]
+    known = [name for name in parser._option_string_actions if name.startswith("--")]
+    if beam:
+        from pipelines.runner import refuse_unknown
+
+        refuse_unknown(rest, known)
+    elif rest:
         close = difflib.get_close_matches(rest[0].partition("=")[0], known, 1)
         parser.error(f"{rest[0]} is not an option" + (f"; did you mean {close[0]}?" if close else ""))
     return kind(**vars(found)), rest

@@ -5,7 +5,7 @@ import difflib
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,7 +56,7 @@ class Runner:
     """
 
     def __init__(self, arguments: Sequence[str] = (), progress: Progress | None = None) -> None:
-        _refuse_unknown(arguments)
+        refuse_unknown(arguments)
         self._arguments = list(arguments)
         self.progress: Progress = progress or Silent()
         self.last_result: Any = None
@@ -123,8 +123,11 @@ class Runner:
         return counters(result)
 
 
-def _refuse_unknown(arguments: Sequence[str]) -> None:
-    """Beam drops flags it does not know with a warning; a mistyped option must not be lost like that."""
+def refuse_unknown(arguments: Sequence[str], own: Iterable[str] = ()) -> None:
+    """Refuse flags that Beam does not know, suggesting one of Beam's or of the job's `own`.
+
+    Beam itself drops them with a warning; a mistyped option must not be lost like that.
+    """
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, conflict_handler="resolve")
     for options in [PipelineOptions, *PipelineOptions.__subclasses__()]:
         options._add_argparse_args(parser)
@@ -132,6 +135,6 @@ def _refuse_unknown(arguments: Sequence[str]) -> None:
     for argument in arguments:
         name = argument.partition("=")[0]
         if name.startswith("--") and name not in known:
-            close = difflib.get_close_matches(name, known, 1)
+            close = difflib.get_close_matches(name, [*own, *known], 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UsageError(f"{name} is no option of this job nor of Beam{hint}; see --help")

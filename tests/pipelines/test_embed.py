@@ -190,12 +190,15 @@ def test_rejects_are_tried_again_when_asked(images, tmp_path, artifact):
 
 def test_no_image_is_one_clear_sentence_and_nothing_written(tmp_path, artifact):
     (tmp_path / "images").mkdir()
-    with pytest.raises(UsageError, match="no images under .*images; give a folder"):
+    with pytest.raises(UsageError, match=r"no images under .*images; give a folder"):
         embed_folder(tmp_path / "images", tmp_path / "store", artifact)
     (tmp_path / "images" / "README.txt").write_text("hello")
-    with pytest.raises(UsageError, match="1 files there have no image's ending.*--all-files"):
+    with pytest.raises(UsageError, match=r"1 files there have no image's ending.*--all-files"):
         embed_folder(tmp_path / "images", tmp_path / "store", artifact)
-    assert {path.name for path in (tmp_path / "store").rglob("*") if path.is_file()} == {"embedder.json", "model.tflite"}
+    assert {path.name for path in (tmp_path / "store").rglob("*") if path.is_file()} == {
+        "embedder.json",
+        "model.tflite",
+    }
 
 
 @pytest.mark.parametrize("count", [1, 2])
