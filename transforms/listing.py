@@ -3,6 +3,7 @@
 import csv
 import fnmatch
 import heapq
+import io
 import itertools
 import json
 import os
@@ -60,7 +61,7 @@ class Listing:
         root, pattern = split_glob(uri)
         for entry in _entries(root):
             if pattern is not None:
-                if not matches(tuple(entry.uri[len(root) + 1 :].split("/")), pattern):
+                if not matches(_path_below(root, entry.uri), pattern):
                     continue
             elif not self._all_files and entry.uri != root and not is_image_name(entry.uri):
                 self.skipped += 1
@@ -70,7 +71,7 @@ class Listing:
     def _label(self, uri: str, root: str) -> str | None:
         if self._labels is not None:
             return self._labels.get(uri)
-        folders = uri[len(root) + 1 :].split("/")[:-1]
+        folders = _path_below(root, uri)[:-1]
         return folders[-1] if self._parent and folders else None
 
 
@@ -85,11 +86,17 @@ def split_glob(uri: str) -> tuple[str, tuple[str, ...] | None]:
         return uri, None
     parts = uri.split("/")
     first = next(i for i, part in enumerate(parts) if any(char in part for char in "*?["))
+    if "://" in uri and first < 3:
+        raise UsageError(f"{uri}: the bucket's name cannot hold wildcards; name one bucket, or several inputs")
     if storage.scheme_of(uri) == "file":
         # A folder whose own name holds a wildcard character is meant literally.
         while first < len(parts) and os.path.isdir("/".join(parts[: first + 1])):
             first += 1
     return ("/".join(parts[:first]) or "/", tuple(parts[first:]) or None)
+
+
+def _path_below(root: str, uri: str) -> tuple[str, ...]:
+    return tuple(uri[len(root.rstrip("/")) + 1 :].split("/"))
 
 
 def matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
@@ -104,14 +111,15 @@ def matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 def read_manifest(uri: str) -> list[tuple[str, str | None]]:
     """Read (uri, label) pairs from CSV, Parquet or JSONL; relative uris are looked up beside the manifest."""
     reader = {".csv": _read_csv, ".parquet": _read_parquet}.get(uri[uri.rfind(".") :].lower(), _read_jsonl)
+    data = storage.read(uri)
     try:
-        rows = reader(storage.read(uri))
-    except (pa.ArrowInvalid, ValueError, csv.Error) as error:
+        rows = reader(data)
+    except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
         raise UsageError(f"{uri} cannot be read as a manifest: {error}") from None
     folder = uri.rpartition("/")[0]
     seen: dict[str, str | None] = {}
     for name, label in rows:
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name or "\0" in name:
             raise UsageError(f"{uri}: every row needs a `uri`; one has {name!r}")
         plain = "://" not in name and not name.startswith(("/", "~"))
         image = storage.normalize(storage.join(folder, name) if plain else name)
@@ -122,7 +130,8 @@ def read_manifest(uri: str) -> list[tuple[str, str | None]]:
 
 
 def _read_csv(data: bytes) -> list[tuple[str | None, str | None]]:
-    rows = csv.DictReader(data.decode("utf-8-sig").splitlines())
+    # Not splitlines(): a quoted field may hold ends of lines, and names what Python alone takes for one (U+2028).
+    rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
     if "uri" not in (rows.fieldnames or ()):
         raise ValueError(f"the first line must name a column `uri`; it names {rows.fieldnames}")
     return [(row["uri"], row.get("label")) for row in rows]
@@ -137,10 +146,13 @@ def _read_parquet(data: bytes) -> list[tuple[str | None, str | None]]:
 
 
 def _read_jsonl(data: bytes) -> list[tuple[str | None, str | None]]:
-    rows = [json.loads(line) for line in data.decode().splitlines() if line.strip()]
+    rows = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError('every line must be an object like {"uri": "…", "label": "…"}')
-    return [(row.get("uri"), row.get("label")) for row in rows]
+    pairs = [(row.get("uri"), row.get("label")) for row in rows]
+    for name, label in pairs:
+        f"{name}{label}".encode()  # an escaped half of a surrogate pair is no text: a ValueError
+    return pairs
 
 
 def _manifest_refs(uri: str) -> Iterator[ImageRef]:
