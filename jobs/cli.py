@@ -18,14 +18,8 @@ VERBS = {
     "demo": "embed, index and search a collection drawn on the spot, or a folder of yours",
 }
 
-_EXTRA_OF = {
-    "PIL": "images",
-    "ai_edge_litert": "images",
-    "apache_beam": "pipeline",
-    "keras": "pipeline",
-    "tensorflow": "pipeline",
-    "tqdm": "pipeline",
-}
+_EXTRAS = {"search": "images", "verify": "images"}
+"""What a verb needs beyond the bare install, where it is not `pipeline`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,11 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(verb: str) -> Any:
     try:
         return importlib.import_module(f"jobs.{verb}")
-    except ModuleNotFoundError as error:
-        extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        raise MissingExtra(f"lookalike {verb}", extra) from None
+    except (ModuleNotFoundError, MissingExtra) as error:
+        raise MissingExtra("it", _EXTRAS.get(verb, "pipeline")) from error
 
 
 def _overview() -> str:

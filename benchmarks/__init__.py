@@ -1,0 +1,1 @@
+"""Programs that each print one table, ours beside the named peers, in one run."""
