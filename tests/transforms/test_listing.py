@@ -187,7 +187,8 @@ TREE = [
     "pattern",
     [
         "*", "*.jpg", "?.jpg", "x/*.jpg", "*/a.jpg", "*/*", "**", "**/*.jpg", "**/a.jpg", "x/**", "x/**/*.jpg",
-        "x/**/a.jpg", "**/y/**", "**/**/b.jpg", "[ab].*", "[!a].*", "x*/a*.jpg", "x?/*", "é/*", "é/[[]1].jpg", "nothing*",
+        "x/**/a.jpg", "**/y/**", "**/**/b.jpg", "[ab].*", "[!a].*", "x*/a*.jpg", "x?/*", "é/*", "é/[[]1].jpg",
+        "nothing*",
     ],
 )  # fmt: skip
 def test_globs_agree_with_the_shell(tmp_path, pattern):
@@ -201,7 +202,8 @@ def test_random_globs_agree_with_the_shell(tmp_path):
     rng = random.Random(3)
     wild = ["*", "**", "?", "x*", "*.jpg", "[ax]*"]
     for _ in range(150):
-        pattern = "/".join([rng.choice(wild), *rng.choices([*wild, "x", "y", "a.jpg"], k=rng.randint(0, 3))])
+        middle = rng.choices([*wild, "x", "y"], k=rng.randint(0, 2))
+        pattern = "/".join([rng.choice(wild), *middle, rng.choice(["*", "?", "*.jpg", "[ax]*", "a.jpg"])])
         found = glob.glob(pattern, root_dir=root, recursive=True, include_hidden=True)
         expected = {f"{root}/{name}" for name in found if Path(root, name).is_file()}
         assert set(listed(f"{root}/{pattern}")) == expected, pattern
