@@ -1,6 +1,7 @@
 """Open a published index and ask it."""
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,9 +43,9 @@ class Index:
         lists, refine = self._quantizer.empty_lists(), self._quantizer.empty_refine()
         tables = []
         for shard in chosen:
-            _append(lists, _read_faiss(folder, shard.lists), shard, folder)
-            if refine is not None and shard.refine is not None:
-                refine.merge_from(_read_faiss(folder, shard.refine))
+            _append_lists(lists, shard, folder)
+            if refine is not None:
+                _append_refine(refine, shard, folder)
             tables.append(_read_records(folder, shard))
         self._records = records.Records(tables)
         self._rows = _global_rows(info, chosen)
@@ -90,14 +91,13 @@ class Index:
         `nprobe` (inverted lists visited) and `rerank` (candidates ranked again) default to what was measured when the
         index was built. Fewer than `k` hits come back only where the index holds fewer rows.
         """
-        queries = self._check_queries(vectors)
+        queries, k = self._check_queries(vectors), operator.index(k)
         if k < 1:
             raise UsageError(f"k is {k}; ask for at least one neighbour")
+        settings = self._settings(nprobe, rerank)
         k = min(k, len(self))
         if k == 0 or not len(queries):
             return [[] for _ in queries]
-        default = self.info.search
-        settings = SearchSettings(nprobe or default.nprobe, default.rerank if rerank is None else rerank)
         scores, found = self._search(queries, k, settings)
         short = (found < 0).any(axis=1)
         if short.any():  # the lists visited held fewer than k rows: visit them all
@@ -121,16 +121,36 @@ class Index:
             self._embedder = open_cached(storage.join(self._root, "embedders", self.info.embedder.fingerprint))
         return self._embedder
 
+    def _settings(self, nprobe: int | None, rerank: int | None) -> SearchSettings:
+        default = self.info.search
+        settings = SearchSettings(
+            default.nprobe if nprobe is None else operator.index(nprobe),
+            default.rerank if rerank is None else operator.index(rerank),
+        )
+        if settings.nprobe < 1:
+            raise UsageError(f"nprobe is {nprobe}; visit at least one inverted list")
+        if settings.rerank < 0:
+            raise UsageError(f"rerank is {rerank}; it counts candidates, 0 takes as few as can be")
+        return settings
+
     def _check_queries(self, vectors: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        queries = np.atleast_2d(np.ascontiguousarray(vectors, dtype=np.float32))
+        try:
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, refused below
+                queries = np.atleast_2d(np.ascontiguousarray(vectors, dtype=np.float32))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"query vectors are not an array of numbers: {error}") from None
         if queries.ndim != 2 or queries.shape[1] != self.info.dim:
             raise UsageError(
                 f"query vectors have the shape {np.shape(vectors)}; this index takes (N, {self.info.dim}), "
                 f"raw vectors of its embedder {self.info.embedder.fingerprint} ({self.info.embedder.backbone})"
             )
-        if not np.isfinite(queries).all():
+        largest = np.abs(queries).max(axis=1, keepdims=True)
+        if not np.isfinite(largest).all():
             raise UsageError("query vectors hold NaN or infinity; embed those images again")
-        return queries
+        # FAISS takes lengths in float32, where the squares of very small and very large numbers are lost.
+        largest[largest == 0] = 1
+        scaled: npt.NDArray[np.float32] = queries / largest
+        return scaled
 
     def _search(
         self, queries: npt.NDArray[np.float32], k: int, settings: SearchSettings
@@ -171,7 +191,7 @@ def _read_faiss(folder: str, entry: FileEntry) -> Any:
     data = np.frombuffer(entry.read(folder), np.uint8)
     try:
         return faiss.deserialize_index(data)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise FormatError(f"{storage.join(folder, entry.name)}: {str(error).splitlines()[-1]}") from None
 
 
@@ -182,11 +202,25 @@ def _read_records(folder: str, shard: Shard) -> Any:
     return table
 
 
-def _append(lists: Any, shard_lists: Any, shard: Shard, folder: str) -> None:
-    if shard_lists.ntotal != shard.rows or shard_lists.code_size != lists.code_size:
+def _append_lists(lists: Any, shard: Shard, folder: str) -> None:
+    found = _read_faiss(folder, shard.lists)
+    if not _alike(found, lists, shard.rows) or found.nlist != lists.nlist:
         raise FormatError(f"{folder}: {shard.lists.name} does not hold the {shard.rows} rows of its manifest")
-    lists.invlists.merge_from(shard_lists.invlists, lists.ntotal)
+    lists.invlists.merge_from(found.invlists, lists.ntotal)
     lists.ntotal += shard.rows
+
+
+def _append_refine(refine: Any, shard: Shard, folder: str) -> None:
+    if shard.refine is None:
+        raise FormatError(f"{folder}: the manifest names no re-rank codes for shard {shard.number}")
+    found = _read_faiss(folder, shard.refine)
+    if not _alike(found, refine, shard.rows):  # FAISS would read past their end
+        raise FormatError(f"{folder}: {shard.refine.name} does not hold the {shard.rows} rows of its manifest")
+    refine.merge_from(found)
+
+
+def _alike(found: Any, model: Any, rows: int) -> bool:
+    return type(found) is type(model) and found.ntotal == rows and found.code_size == model.code_size
 
 
 def _assemble(quantizer: Quantizer, lists: Any, refine: Any) -> tuple[Any, Any]:

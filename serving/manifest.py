@@ -12,12 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, ClassVar, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from serving import storage
 from serving.errors import ChecksumMismatch, FormatError, NotFound, UnsupportedVersion
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,7 @@ class Document:
         try:
             body = json.loads(data)
             found = body.pop("format_version")
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise FormatError(f"{uri} is not a manifest of this project, or it is damaged") from None
         if found != cls.FORMAT:
             raise UnsupportedVersion(
@@ -212,7 +210,7 @@ def read_current(root: str, key: str) -> tuple[str, str] | None:
     if found is None:
         return None
     try:
-        return str(json.loads(found[0])[key]), found[1]
+        return _checked(str, json.loads(found[0])[key]), found[1]
     except (ValueError, KeyError, TypeError):
         raise FormatError(f"{uri} is damaged: it should be JSON with the key {key!r}") from None
 
@@ -248,11 +246,18 @@ def _build(kind: Any, value: Any) -> Any:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
         names = {field.name for field in dataclasses.fields(kind)}
-        return kind(**{name: _build(hints[name], item) for name, item in value.items() if name in names})
+        items = _checked(dict, value).items()
+        return kind(**{name: _build(hints[name], item) for name, item in items if name in names})
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return None if value is None else _build(next(arg for arg in args if arg is not type(None)), value)
     if origin is tuple:
-        inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_build(arg, item) for arg, item in zip(inner, value, strict=True))
+        inner = [args[0]] * len(_checked(list, value)) if args[-1] is Ellipsis else args
+        return tuple(_build(arg, item) for arg, item in zip(inner, _checked(list, value), strict=True))
+    return _checked(origin or kind, value)
+
+
+def _checked(kind: Any, value: Any) -> Any:
+    if kind in (dict, int, list, str) and not isinstance(value, kind):
+        raise TypeError(f"{value!r} where a {kind.__name__} belongs")
     return value

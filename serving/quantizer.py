@@ -31,14 +31,13 @@ class Quantizer:
     """A trained transform, coarse quantizer and codebooks. Its `id` is the hash of its bytes."""
 
     def __init__(self, data: bytes) -> None:
-        try:
-            self._index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
-        except RuntimeError as error:
-            raise FormatError(f"the trained quantizer cannot be read: {str(error).splitlines()[-1]}") from None
+        self._index = _read(data)
         self.id = storage.sha256(data)[:16]
         inner = faiss.downcast_index(self._index.index)
         refined = isinstance(inner, faiss.IndexRefine)
         self.ivf = faiss.downcast_index(inner.base_index) if refined else inner
+        if not isinstance(self.ivf, faiss.IndexIVF):
+            raise FormatError(f"the trained quantizer holds {type(self.ivf).__name__} in place of inverted lists")
         self._refine = faiss.downcast_index(inner.refine_index) if refined else None
         self.chain = [faiss.downcast_VectorTransform(self._index.chain.at(i)) for i in range(self._index.chain.size())]
         self._steps = [_step(transform) for transform in self.chain]
@@ -115,6 +114,16 @@ class Quantizer:
         if self.ivf.metric_type == faiss.METRIC_L2:
             closeness -= np.square(self._centroids).sum(axis=1) / 2
         return np.ascontiguousarray(closeness.argmax(axis=1), np.int64)
+
+
+def _read(data: bytes) -> Any:
+    try:
+        index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
+    except (RuntimeError, MemoryError) as error:
+        raise FormatError(f"the trained quantizer cannot be read: {str(error).splitlines()[-1]}") from None
+    if not isinstance(index, faiss.IndexPreTransform):
+        raise FormatError(f"the trained quantizer is not a chain of transforms but {type(index).__name__}")
+    return index
 
 
 def _step(transform: Any) -> Any:

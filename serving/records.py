@@ -60,8 +60,12 @@ def from_buffer(source: bytes | pa.Buffer, uri: str) -> pa.Table:
     """Read what `to_bytes` wrote, without copying."""
     try:
         table = pa.ipc.open_file(pa.py_buffer(source) if isinstance(source, bytes) else source).read_all()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise FormatError(f"{uri} cannot be read as records: {error}") from None
-    if table.schema.names != SCHEMA.names:
-        raise FormatError(f"{uri} holds the columns {table.schema.names}, not {SCHEMA.names}")
+    if table.schema != SCHEMA:
+        raise FormatError(f"{uri} holds the columns {_columns(table.schema)}, not {_columns(SCHEMA)}")
     return table
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)
