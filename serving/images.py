@@ -8,18 +8,16 @@ refuses from 179 million), and `ImageFile.LOAD_TRUNCATED_IMAGES`, which pads cut
 """
 
 import io
-import math
 import re
-import struct
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from serving import containers
 from serving.errors import ImageRejected, MissingExtra, Reason
 
 try:
@@ -90,27 +88,19 @@ def load(data: bytes, size: tuple[int, int], limits: Limits = DEFAULT_LIMITS) ->
 
 
 def _recognise(data: bytes, limits: Limits) -> str:
-    """Name the format by the first bytes, or refuse what need not be opened."""
+    """Name the format, or refuse what need not be opened."""
     if not data:
         raise ImageRejected("empty", "there are no bytes")
     if len(data) > limits.max_bytes:
         raise ImageRejected("too_large", f"{len(data)} bytes are more than {limits.max_bytes}")
-    for kind, known in _FORMATS.items():
-        if known.signature.match(data):
-            return kind
-    for name, signature in _UNSUPPORTED.items():
-        if signature.match(data):
-            raise ImageRejected("unsupported_format", f"{name} is not read")
-    raise ImageRejected("not_an_image", f"starts with {data[:12]!r}")
+    return containers.recognise(data, _OPENERS)
 
 
 def _decode(kind: str, data: bytes, size: tuple[int, int], limits: Limits) -> Picture:
-    """Refuse by the header, decode, then do the rest on the few pixels that were asked for."""
-    known = _FORMATS[kind]
-    if known.survey:
-        with suppress(*_BEYOND):  # a damaged file; what is wrong with it, if anything, opening it will tell
-            known.survey(data, limits)
-    with closing(known.opener(io.BytesIO(data))) as image:
+    """Refuse by what the file claims, decode, then do the rest on the few pixels that were asked for."""
+    for area in containers.survey(kind, data):
+        _check_area(area, limits)
+    with closing(_OPENERS[kind](io.BytesIO(data))) as image:
         original = image.size
         _check_size(*original, limits)
         image.draft("RGB", (max(size), max(size)))  # JPEG alone; a square, as it may yet have to be turned
@@ -123,6 +113,13 @@ def _decode(kind: str, data: bytes, size: tuple[int, int], limits: Limits) -> Pi
         small = small.transpose(turn)
     pixels = np.asarray(_to_srgb(_over_white(_to_bytes(small)), profile))
     return Picture(pixels, *(original[::-1] if sideways else original))
+
+
+def _check_area(area: containers.Area, limits: Limits) -> None:
+    if not area.is_tile:
+        _check_size(area.width, area.height, limits)
+    elif area.width * area.height > limits.max_pixels:
+        raise ImageRejected("too_large", f"a tile of {area.width} x {area.height} pixels")
 
 
 def _check_size(width: int, height: int, limits: Limits) -> None:
@@ -206,6 +203,13 @@ def _probe(mode: str) -> Image.Image:
     return Image.merge(mode, [ramp.rotate(90 * band) for band in range(len(mode))])
 
 
+def _is_cut(kind: str, data: bytes, error: Exception) -> bool:
+    whole = containers.is_whole(kind, data)
+    if whole is None:  # then the decoder's word counts
+        return re.search("truncated|EOF|not enough", str(error), re.IGNORECASE) is not None
+    return not whole
+
+
 def _said(error: Exception) -> str:
     """Shorten what a decoder said to one line, without the addresses of objects."""
     root = error.__cause__ or error
@@ -213,212 +217,18 @@ def _said(error: Exception) -> str:
     return " ".join(text.split())[:200]
 
 
-# Surveys: a look at the bytes, where opening a file with Pillow already costs memory, or where its header is not all.
-
-
-def _survey_gif(data: bytes, limits: Limits) -> None:
-    """Check the screen, widened to the first frame: opening a GIF may fill it."""
-    for at in _gif_frames(data):
-        left, top, width, height = struct.unpack_from("<4H", data, at)
-        screen_width, screen_height = struct.unpack_from("<2H", data, 6)
-        return _check_size(max(screen_width, left + width), max(screen_height, top + height), limits)
-
-
-def _survey_webp(data: bytes, limits: Limits) -> None:
-    """Check the canvas of the extended header: opening a WebP reserves it, and fails where that is too much."""
-    if data[12:16] == b"VP8X" and len(data) >= 30:
-        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
-        _check_size(width, height, limits)
-
-
-def _survey_tiff(data: bytes, limits: Limits) -> None:
-    """Check the tiles, decoded whole however small the picture is, and the lists that become Python objects."""
-    sides = dict.fromkeys(_TIFF_TILE_SIDES, 0)
-    for tag, form, count, place in _tiff_entries(data):
-        size = struct.calcsize(form)
-        if count > _TIFF_MOST_VALUES and size > 1:
-            raise ImageRejected("too_large", f"tag {tag} has {count} values")
-        if tag in sides and place + size <= len(data):
-            # The larger one, where it is said twice: Pillow takes the last and libtiff the first.
-            sides[tag] = max(sides[tag], struct.unpack_from(form, data, place)[0])
-            if math.prod(sides.values()) > limits.max_pixels:
-                raise ImageRejected("too_large", "a tile of {} x {} pixels".format(*sides.values()))
-
-
-# Containers: asked only after a failure, to tell a file that was cut short from one that is corrupt.
-# Whatever leads beyond the end of the data is an error of `_BEYOND`; None means that the container cannot tell.
-
-
-def _is_cut(kind: str, data: bytes, error: Exception) -> bool:
-    try:
-        whole = _FORMATS[kind].is_whole(data)
-    except _BEYOND:
-        whole = False
-    if whole is None:  # then the decoder's word counts
-        return re.search("truncated|EOF|not enough", str(error), re.IGNORECASE) is not None
-    return not whole
-
-
-def _is_whole_jpeg(data: bytes) -> bool:
-    """Walk the segments to the end marker; that of a thumbnail is inside a segment and does not count."""
-    at = 2
-    while marker := _JPEG_MARKER.search(data, at):
-        if marker[1] == b"\xd9":
-            return True
-        at = marker.end() + int(struct.unpack_from(">H", data, marker.end())[0])
-    return False
-
-
-def _is_whole_png(data: bytes) -> bool:
-    at, name = 8, b""
-    while name != b"IEND":
-        length, name = struct.unpack_from(">I4s", data, at)
-        if not name.isalpha():  # corrupt: where the file ought to end is no longer known
-            return True
-        at += 12 + length
-    return at <= len(data)
-
-
-def _is_whole_gif(data: bytes) -> bool:
-    return all(_gif_frames(data))
-
-
-def _gif_frames(data: bytes) -> Iterator[int]:
-    """Yield where each frame is described, up to the trailer."""
-    at = 13 + _gif_palette(data[10])
-    while (block := data[at]) != 0x3B:
-        at += 1
-        if block not in (0x21, 0x2C):  # stray bytes are skipped, as Pillow does
-            continue
-        if block == 0x2C:
-            yield at
-            at += 9 + _gif_palette(data[at + 8])
-        at += 1
-        while length := data[at]:
-            at += 1 + length
-        at += 1
-
-
-def _gif_palette(flags: int) -> int:
-    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
-
-
-def _is_whole_webp(data: bytes) -> bool:
-    return bool(8 + struct.unpack_from("<I", data, 4)[0] <= len(data))
-
-
-def _is_whole_bmp(data: bytes) -> bool | None:
-    return None if struct.unpack_from("<I", data, 2)[0] <= len(data) else False  # some writers leave a zero there
-
-
-def _is_whole_tiff(data: bytes) -> bool | None:
-    """Look for the values of the first directory, then for the strips or tiles of the picture."""
-    offsets: list[int] = []
-    lengths: list[int] = []
-    for tag, form, count, place in _tiff_entries(data):
-        if place + count * struct.calcsize(form) > len(data):
-            return False
-        if tag in _TIFF_OFFSETS:
-            offsets += struct.unpack_from(f"{form[0]}{count}{form[1]}", data, place)
-        if tag in _TIFF_LENGTHS:
-            lengths += struct.unpack_from(f"{form[0]}{count}{form[1]}", data, place)
-    ends = [offset + length for offset, length in zip(offsets, lengths, strict=False)]
-    return max(ends) <= len(data) if ends else None
-
-
-def _tiff_entries(data: bytes) -> Iterator[tuple[int, str, int, int]]:
-    """Yield each tag of the first directory: its number, how struct reads one value, how many there are, and where."""
-    order = "<" if data.startswith(b"II") else ">"
-    big = 43 in data[2:4]
-    word, counter = ("Q", "Q") if big else ("I", "H")
-    width = struct.calcsize(word)
-    (start,) = struct.unpack_from(order + word, data, 8 if big else 4)
-    (entries,) = struct.unpack_from(order + counter, data, start)
-    at = start + struct.calcsize(counter)
-    for _ in range(entries):
-        tag, kind, count = struct.unpack_from(f"{order}HH{word}", data, at)
-        form = order + _TIFF_TYPES.get(kind, "B")
-        place = at + 4 + width
-        if count * struct.calcsize(form) > width:
-            (place,) = struct.unpack_from(order + word, data, place)
-        yield tag, form, count, place
-        at += 4 + 2 * width
-    struct.unpack_from(order + word, data, at)  # where the next directory is
-
-
-def _is_whole_avif(data: bytes) -> bool | None:
-    """Walk the boxes; both what describes the picture and what holds it have to be there."""
-    at, seen = 0, set()
-    while at < len(data):
-        length, name = struct.unpack_from(">I4s", data, at)
-        seen.add(name)
-        if length == 0:  # up to the end of the file, wherever that was
-            return None
-        if length == 1:
-            (length,) = struct.unpack_from(">Q", data, at + 8)
-        at += max(length, 8)
-    return at <= len(data) and {b"meta", b"mdat"} <= seen
-
-
-# Tables
-
-
-class _Format(NamedTuple):
-    """What is read: how it starts, what opens it, how to see that it was cut, and what to look at before opening it."""
-
-    signature: re.Pattern[bytes]
-    opener: type[ImageFile.ImageFile]
-    is_whole: Callable[[bytes], bool | None]
-    survey: Callable[[bytes, Limits], None] | None = None
-
-
-def _starts(pattern: bytes) -> re.Pattern[bytes]:
-    return re.compile(pattern, re.DOTALL)
-
-
-_FORMATS = {
-    "JPEG": _Format(_starts(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile, _is_whole_jpeg),
-    "PNG": _Format(_starts(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile, _is_whole_png),
-    "WebP": _Format(_starts(rb"RIFF.{4}WEBP"), WebPImagePlugin.WebPImageFile, _is_whole_webp, _survey_webp),
-    "GIF": _Format(_starts(rb"GIF8[79]a"), GifImagePlugin.GifImageFile, _is_whole_gif, _survey_gif),
-    # Two letters start many a text, so the header's length, one of seven, is asked for as well.
-    "BMP": _Format(_starts(rb"BM.{12}[\x0c(48@l|]\0\0\0"), BmpImagePlugin.BmpImageFile, _is_whole_bmp),
-    # Not Canon's raw files, which say so at byte 8.
-    "TIFF": _Format(
-        _starts(rb"(?:II[*+]\0|MM\0[*+])(?!.{4}CR)"), TiffImagePlugin.TiffImageFile, _is_whole_tiff, _survey_tiff
-    ),
-    "AVIF": _Format(_starts(rb".{4}ftyp(?:.{4}){0,9}?avi[fs]"), AvifImagePlugin.AvifImageFile, _is_whole_avif),
-    "PPM": _Format(_starts(rb"P[1-6]\s+[#\d]"), PpmImagePlugin.PpmImageFile, lambda _: None),
+_OPENERS: dict[str, type[ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WebP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+    "PPM": PpmImagePlugin.PpmImageFile,
 }
 if not AvifImagePlugin.SUPPORTED:
-    del _FORMATS["AVIF"]
-
-_UNSUPPORTED = {
-    name: _starts(pattern)
-    for name, pattern in {
-        "HEIC": rb".{4}ftyp(?:hei|hev|mif1|msf1)",
-        "AVIF": rb".{4}ftypavi[fs]",
-        "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
-        "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
-        "JPEG XR": rb"II\xbc",
-        "SVG": rb"(?i:(?:\xef\xbb\xbf)?\s*(?:<svg|<(?:\?xml|!--|!DOCTYPE svg)(?:(?!<html).){0,2000}?<svg))",
-        "PDF": rb"%PDF-",
-        "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6",
-        "Photoshop": rb"8BPS",
-        "GIMP": rb"gimp xcf",
-        "OpenEXR": rb"v/1\x01",
-        "Radiance HDR": rb"#\?R(?:ADIANC|GB)E",
-        "DDS": rb"DDS ",
-        "QOI": rb"qoif",
-        "icon": rb"\0\0[\x01\x02]\0[^\0]\0|icns",
-        "metafile": rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF",
-        "DjVu": rb"AT&TFORM",
-        "DICOM": rb".{128}DICM",
-        "camera raw": rb"II\*\0.{4}CR|IIR[OS]|IIU\0|FUJIFILMCCD-RAW|.{4}ftypcrx",
-    }.items()
-}
-
-_BEYOND = (IndexError, struct.error, OverflowError)
+    del _OPENERS["AVIF"]
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -431,8 +241,3 @@ _TURNS = {
 }
 _SIDEWAYS = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 _ROUNDING = 2  # levels of 255 that two ways of computing the same colour may differ by
-_JPEG_MARKER = _starts(rb"\xff([^\0\x01\xd0-\xd7\xff])")  # those that stand in the entropy-coded data left out
-_TIFF_TYPES = dict(enumerate("BBBHIQbBhiqfdI")) | {16: "Q", 17: "q", 18: "Q"}  # by number, as struct writes them
-_TIFF_OFFSETS, _TIFF_LENGTHS = (273, 324), (279, 325)  # of strips, of tiles
-_TIFF_TILE_SIDES = (322, 323)
-_TIFF_MOST_VALUES = 2**18  # the longest sensible list is the palette of 16 bits, three quarters of this
