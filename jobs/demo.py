@@ -32,7 +32,7 @@ from transforms.sampling import live_rows, sample
 _ANSWER_WITHIN = 5.0  # seconds for the server of ImageNet weights
 _PER_LABEL = 1
 _QUERIES = 12
-_NEIGHBOURS = 8
+_NEIGHBOURS = 10
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ class Options(EmbedderOptions):
     store: str = option("the embedding store: a folder, or a gs:// or s3:// prefix")
     labels: str = option("`parent` (the name of an image's folder), `none`, or a manifest with uri and label", "parent")
     all_files: bool = option("list files whose names are no image's, too", False)
-    unit_size: int = option("images a work unit at most", 2048)
+    unit_size: int = option("images a work unit at most; more of them for collections of many millions", 512)
     threads: int = option("threads a worker; 0 shares this machine's cores among its workers", 0)
     precision: str = option("how vectors are kept", "float16", choices=["float16", "float32"])
     max_pixels: int = option("refuse larger images by their header", Limits().max_pixels)

@@ -33,7 +33,7 @@ class EmbedRequest:
     labels: str = "parent"
     all_files: bool = False
     limits: Limits = field(default_factory=Limits)
-    unit_size: int = 2048
+    unit_size: int = 512
     threads: int = 0
     """Threads a worker; 0 shares this machine's cores among its workers."""
     precision: Precision = "float16"
