@@ -52,21 +52,21 @@ def encode_part(uri: str, quantizer: Quantizer) -> pa.Table:
         first = 0
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=["uri", "status", "embedding"])
-            tables.append(_encode_group(table, first, quantizer, schema))
+            tables.append(_encode_group(table, first, quantizer, uri))
             first += len(table)
     return pa.concat_tables([schema.empty_table(), *tables]).sort_by([("uri_hash", "ascending"), ("row", "ascending")])
 
 
-def _encode_group(table: pa.Table, first: int, quantizer: Quantizer, schema: pa.Schema) -> pa.Table:
+def _encode_group(table: pa.Table, first: int, quantizer: Quantizer, uri: str) -> pa.Table:
     rows = np.flatnonzero(pc.equal(table["status"], EMBEDDED).to_numpy())
     table = table.take(pa.array(rows))
-    codes = quantizer.encode(embeddings(table["embedding"], quantizer.dim))
+    codes = quantizer.encode(embeddings(table["embedding"], quantizer.dim, uri))
     columns = [
         pa.array([uri_hash(uri) for uri in table["uri"].to_pylist()], pa.uint64()),
         pa.array((rows + first).astype(np.int32)),
         *(_binary(codes_of) for codes_of in (codes.codes, codes.refine) if codes_of is not None),
     ]
-    return pa.table(columns, schema)
+    return pa.table(columns, partial_schema(quantizer.code_size, quantizer.refine_size))
 
 
 def _binary(codes: np.ndarray) -> pa.Array:

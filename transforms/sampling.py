@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from serving import storage
+from serving.errors import FormatError
 from serving.manifest import RunManifest
 from transforms.catalog import catalog_files, part_name
 from transforms.schema import EMBEDDED, open_parquet
@@ -71,10 +72,12 @@ def sample(rows: LiveRows, size: int, salt: int) -> LiveRows:
     return rows.take(chosen.astype(np.int64))
 
 
-def embeddings(column: pa.ChunkedArray | pa.Array, dim: int) -> npt.NDArray[np.float32]:
-    """Turn an embedding column without nulls into float32 `[N, dim]`."""
+def embeddings(column: pa.ChunkedArray | pa.Array, dim: int, uri: str) -> npt.NDArray[np.float32]:
+    """Turn an embedding column of the part `uri`, without nulls, into float32 `[N, dim]`."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     flat: npt.NDArray[np.float32] = array.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    if flat.size != len(array) * dim:
+        raise FormatError(f"{uri} lacks vectors, or they are not of {dim} dimensions; restore it")
     return flat.reshape(-1, dim)
 
 
@@ -90,8 +93,10 @@ def _part_chunks(
             if inside.start < inside.stop:
                 column = file.read_row_group(group, columns=["embedding"])["embedding"]
                 wanted = column.take(pa.array(rows[inside] - first))
-                yield places[inside], embeddings(wanted, dim)
+                yield places[inside], embeddings(wanted, dim, uri)
             first = last
+    if len(rows) and rows[-1] >= first:
+        raise FormatError(f"{uri} has {first} rows, the catalog names row {rows[-1]}; restore it")
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

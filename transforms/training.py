@@ -1,5 +1,6 @@
 """Train a quantizer on a sample: transform, coarse quantizer, codebooks."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,9 +49,10 @@ def design(rows: int, raw_dim: int, dim: int = 128, nlist: int | None = None) ->
     lists = _lists_for(rows) if nlist is None else nlist
     if not 1 <= lists <= rows // POINTS_PER_CENTROID:
         raise UsageError(f"--nlist is {lists}; {rows} vectors can train 1 to {rows // POINTS_PER_CENTROID} lists")
-    dim = min(dim, raw_dim, rows)
-    sample = min(rows, max(POINTS_PER_CENTROID * lists, min(LARGEST_SAMPLE, 256 * lists)))
-    return Design("ivf-pq", dim, lists, dim // SUBVECTOR * BITS // 8, sample)
+    dim = min(dim, min(raw_dim, rows) // SUBVECTOR * SUBVECTOR)
+    needed = max(SMALLEST, dim, POINTS_PER_CENTROID * lists)  # by the codebooks, the transform, the lists
+    sample = min(rows, max(needed, min(LARGEST_SAMPLE, 256 * lists)))
+    return Design("ivf-pq", dim, lists, math.ceil(dim // SUBVECTOR * BITS / 8), sample)
 
 
 def train(shape: Design, raw_dim: int, vectors: npt.NDArray[np.float32]) -> bytes:
