@@ -12,6 +12,8 @@ from pipelines import index
 from pipelines.index import IndexRequest
 from pipelines.runner import Runner
 from serving.manifest import IndexManifest, RunManifest, load_index_manifest, load_run_manifest
+from serving.quantizer import Quantizer
+from transforms.encoding import load_quantizer
 
 
 @dataclass
@@ -99,3 +101,15 @@ def store(made, tmp_path) -> Copy:
 def index_copy(built, tmp_path) -> Copy:
     """A copy of the index."""
     return Copy(Path(shutil.copytree(built, tmp_path / "index")))
+
+
+@pytest.fixture(scope="session")
+def quantizer(built) -> Quantizer:
+    """The trained quantizer of `built`."""
+    return load_quantizer(str(built), load_index_manifest(str(built)).quantizer)
+
+
+@pytest.fixture(scope="session")
+def quantizer_small(built_small) -> Quantizer:
+    """The quantizer of `built_small`, which keeps whole vectors."""
+    return load_quantizer(str(built_small), load_index_manifest(str(built_small)).quantizer)
