@@ -148,7 +148,9 @@ def merge_shard(number: int, settings: MergeSettings, quantizer: Quantizer) -> S
 
     def write(kind: str, ending: str, data: bytes) -> FileEntry:
         name = shard_name(kind, number, settings.shards, ending)
-        storage.create(storage.join(settings.folder, name), data)
+        uri = storage.join(settings.folder, name)
+        if not storage.create(uri, data):
+            data = storage.read(uri)  # an attempt cut short left it, maybe with other versions of the libraries
         return FileEntry.of(name, data)
 
     shard = Shard(
