@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serving import storage
-from serving.errors import EmbedderMismatch, ImageRejected, MissingExtra, UsageError
+from serving.errors import EmbedderMismatch, FormatError, ImageRejected, MissingExtra, UsageError
 from serving.manifest import Document, EmbedderRef, FileEntry
 
 MODEL = "model.tflite"
@@ -89,7 +89,8 @@ class Embedder:
         """Embed uint8 `[N, H, W, 3]` into float32 `[N, dim]` (not normalised)."""
         expected = (*self.spec.input_size, 3)
         if pixels.dtype != np.uint8 or pixels.shape[1:] != expected:
-            raise UsageError(f"pixels are {pixels.dtype} {pixels.shape}; this embedder takes uint8 (N, {expected})")
+            shape = ", ".join(map(str, ("N", *expected)))
+            raise UsageError(f"pixels are {pixels.dtype} {pixels.shape}; this embedder takes uint8 ({shape})")
         vectors = np.empty((len(pixels), self.spec.dim), np.float32)
         interpreter, source, target = self._session()
         for row, picture in enumerate(pixels):
@@ -116,14 +117,27 @@ class Embedder:
                 from ai_edge_litert.interpreter import Interpreter
             except ImportError:
                 raise MissingExtra("embedding images", "images") from None
-            # More threads inside one interpreter are slower than more interpreters of one thread.
-            interpreter = Interpreter(model_content=self._model, num_threads=1)
-            interpreter.allocate_tensors()
-            source = interpreter.get_input_details()[0]["index"]
-            target = interpreter.get_output_details()[0]["index"]
-            self._local.session = (interpreter, source, target)
+            try:
+                # More threads inside one interpreter are slower than more interpreters of one thread.
+                interpreter = Interpreter(model_content=self._model, num_threads=1)
+                interpreter.allocate_tensors()
+            except (ValueError, RuntimeError) as error:
+                raise FormatError(f"the model of the embedder {self.fingerprint} cannot be run: {error}") from None
+            [source], [target] = interpreter.get_input_details(), interpreter.get_output_details()
+            self._check_model(source, target)
+            self._local.session = (interpreter, source["index"], target["index"])
         session: tuple[Any, int, int] = self._local.session
         return session
+
+    def _check_model(self, source: Any, target: Any) -> None:
+        expected = ((1, *self.spec.input_size, 3), np.uint8, (1, self.spec.dim), np.float32)
+        found = (tuple(source["shape"]), source["dtype"], tuple(target["shape"]), target["dtype"])
+        if found != expected:
+            takes, gives = (f"{kind.__name__} {tuple(map(int, shape))}" for shape, kind in (found[:2], found[2:]))
+            raise FormatError(
+                f"the model of the embedder {self.fingerprint} takes {takes} and gives {gives}, "
+                f"not what its description says: {self.spec.input_size} pixels, {self.spec.dim} numbers"
+            )
 
 
 def read_description(uri: str) -> EmbedderDocument:

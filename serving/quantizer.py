@@ -74,7 +74,7 @@ class Quantizer:
         In float64: a float32 matrix product gives a row other last bits at another place of the batch, and with them
         now and then another code; then an index would depend on how its images were cut into units.
         """
-        wide = vectors.astype(np.float64)
+        wide = vectors.astype(np.float64, order="C")
         for step in self._steps:
             wide = step(wide)
         return wide.astype(np.float32)
