@@ -27,7 +27,10 @@ _LATENCY_QUERIES = 300
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Live rows to ask with, each with its exact neighbours but itself, in the raw and in the index's own space."""
+    """Live rows to ask with, each with its exact neighbours but itself, in the raw and in the index's own space.
+
+    None where more rows are equally near than are kept.
+    """
 
     rows: LiveRows
     vectors: npt.NDArray[np.float32]
@@ -74,7 +77,7 @@ def tune(index: Index, probe: Probe, target: float = TARGET) -> SearchSettings:
     nlist = index.info.parameters["nlist"]
     if index.info.kind == "exact":
         return SearchSettings(nlist, 0)
-    probes = [2**power for power in range(nlist.bit_length() - 1)] + [nlist]
+    probes = [2**power for power in range((nlist - 1).bit_length())] + [nlist]
     reranks = [20, 40, 80, 160, 320, 640]
     best, best_recall = SearchSettings(nlist, reranks[-1]), -1.0
     for settings in sorted(itertools.starmap(SearchSettings, itertools.product(probes, reranks)), key=_cost(index)):
@@ -142,6 +145,9 @@ class _Best:
     def neighbours(self, uris: Sequence[str | None], k: int) -> list[frozenset[str]]:
         last = -np.sort(-self._scores, axis=1)[:, k - 1 : k]
         near = (self._scores >= last - _TIE) & np.isfinite(self._scores)
+        # All kept are equally near, as among many copies of one picture: more such ones may have been dropped, and
+        # the query cannot be judged.
+        near[near.all(axis=1)] = False
         return [
             frozenset(uris[place] or "" for place in places[mask])
             for places, mask in zip(self._places, near, strict=True)
