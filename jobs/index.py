@@ -19,27 +19,33 @@ from serving.manifest import IndexManifest
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """Options of `lookalike index`."""
+class TrainOptions:
+    """What a quantizer is trained on, and how."""
 
     store: str = option("the embedding store")
     index: str = option("the index: a folder, or a gs:// or s3:// prefix")
     dim: int = option("dimensions inside the index", 128)
     nlist: int | None = option("inverted lists (default: chosen by the number of images)", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Options(TrainOptions):
+    """Options of `lookalike index`."""
+
     shards: int = option("index shards; 0 chooses by the number of images", 0)
 
 
-def request(options: Options) -> IndexRequest:
+def request(options: TrainOptions, shards: int = 0) -> IndexRequest:
     """Check the options."""
     return IndexRequest(
-        storage.normalize(options.store), storage.normalize(options.index), options.dim, options.nlist, options.shards
+        storage.normalize(options.store), storage.normalize(options.index), options.dim, options.nlist, shards
     )
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the job."""
     options, beam_arguments = parse(Options, argv, "index", __doc__ or "", beam=True)
-    manifest, changed = run(request(options), Runner(beam_arguments, console.Bar()))
+    manifest, changed = run(request(options, options.shards), Runner(beam_arguments, console.Bar()))
     print(report(manifest) if changed else f"nothing to do: version {manifest.version} is this store's, and current")
     return 0
 

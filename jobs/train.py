@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from jobs import cli, console
-from jobs.index import Options, request
+from jobs.index import TrainOptions, request
 from jobs.options import parse
 from pipelines.index import train_quantizer
 from serving.manifest import load_run_manifest
@@ -15,7 +15,7 @@ from serving.manifest import load_run_manifest
 
 def main(argv: Sequence[str]) -> int:
     """Run the job."""
-    options, _ = parse(Options, argv, "train", __doc__ or "")
+    options, _ = parse(TrainOptions, argv, "train", __doc__ or "")
     wanted = request(options)
     trained = train_quantizer(wanted, load_run_manifest(wanted.store))
     shape = trained.design

@@ -116,7 +116,8 @@ def build_version(request: IndexRequest, run: RunManifest, trained: TrainedDocum
     _merge(request, run, trained.quantizer, version, shards, runner)
     manifest = _describe(request, run, trained, version, shards)
     manifest = _measured(request, run, manifest)
-    storage.create(storage.join(folder, "manifest.json"), manifest.to_json())
+    if not storage.create(storage.join(folder, "manifest.json"), manifest.to_json()):
+        return IndexManifest.load(storage.join(folder, "manifest.json"))  # another run finished the same version
     return manifest
 
 
