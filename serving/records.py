@@ -60,10 +60,10 @@ def from_buffer(source: bytes | pa.Buffer, uri: str) -> pa.Table:
     """Read what `to_bytes` wrote, without copying."""
     try:
         table = pa.ipc.open_file(pa.py_buffer(source) if isinstance(source, bytes) else source).read_all()
-    except (pa.ArrowException, OSError, ValueError) as error:
+        if table.schema != SCHEMA:
+            raise FormatError(f"{uri} holds the columns {_columns(table.schema)}, not {_columns(SCHEMA)}")
+    except (pa.ArrowException, OSError, ValueError) as error:  # a damaged schema can be anything
         raise FormatError(f"{uri} cannot be read as records: {error}") from None
-    if table.schema != SCHEMA:
-        raise FormatError(f"{uri} holds the columns {_columns(table.schema)}, not {_columns(SCHEMA)}")
     return table
 
 
