@@ -1,14 +1,18 @@
 """Check again, from the files, everything that manifests claim; each fault becomes one sentence."""
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
 
 from serving import records, storage
 from serving.embedder import read_description
-from serving.errors import LookalikeError, NotFound
-from serving.manifest import EmbedderRef, FileEntry, IndexManifest, RunManifest, Shard
+from serving.errors import FormatError, LookalikeError, NotFound
+from serving.manifest import Document, EmbedderRef, FileEntry, IndexManifest, RunManifest, Shard
 from serving.quantizer import Quantizer
 from transforms.catalog import part_name, read_catalog
 from transforms.planning import ListingDigest
@@ -23,6 +27,13 @@ from transforms.schema import (
     read_parquet,
     uri_hash,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin(Document):
+    """What is to be known of a quantizer's `trained.json`."""
+
+    embedder: str
 
 
 def check_files(folder: str, entries: Iterable[FileEntry]) -> Iterator[str]:
@@ -83,6 +94,7 @@ def _check_content(root: str, folder: str, manifest: IndexManifest) -> Iterator[
     if quantizer.id != manifest.quantizer:
         yield f"{folder}: {manifest.trained.name} is the quantizer {quantizer.id}, not {manifest.quantizer}"
     spec = read_description(storage.join(root, "embedders", manifest.embedder.fingerprint)).spec
+    yield from _check_origin(root, folder, manifest)
     if not spec.dim == manifest.dim == quantizer.dim:
         yield (
             f"{folder} is an index of another embedder: its vectors have {quantizer.dim} dimensions, the manifest "
@@ -94,13 +106,32 @@ def _check_content(root: str, folder: str, manifest: IndexManifest) -> Iterator[
         yield f"{folder}: the shards' rows do not add up to the {manifest.rows:,} of the manifest"
 
 
+def _check_origin(root: str, folder: str, manifest: IndexManifest) -> Iterator[str]:
+    """Ask the quantizer's own document which embedder it was trained for."""
+    try:
+        origin = _Origin.load(storage.join(root, "encoded", manifest.quantizer, "trained.json"))
+    except NotFound:
+        return  # an index may be copied without what it was built from
+    if origin.embedder != manifest.embedder.fingerprint:
+        yield (
+            f"{folder} is an index of another embedder: its quantizer was trained on vectors of {origin.embedder}, "
+            f"the manifest names {manifest.embedder.fingerprint}"
+        )
+
+
+def _read_faiss(folder: str, entry: FileEntry) -> Any:
+    try:
+        return faiss.deserialize_index(np.frombuffer(entry.read(folder), np.uint8))
+    except RuntimeError as error:
+        raise FormatError(f"{folder}/{entry.name} cannot be read: {str(error).splitlines()[-1]}") from None
+
+
 def _check_shard(folder: str, shard: Shard, quantizer: Quantizer) -> Iterator[str]:
-    lists = faiss.deserialize_index(np.frombuffer(shard.lists.read(folder), np.uint8))
-    table = records.from_buffer(shard.records.read(folder), shard.records.name)
+    lists = _read_faiss(folder, shard.lists)
+    table = records.from_buffer(shard.records.read(folder), storage.join(folder, shard.records.name))
     counts = {shard.lists.name: lists.ntotal, shard.records.name: len(table)}
     if shard.refine is not None:
-        refine = faiss.deserialize_index(np.frombuffer(shard.refine.read(folder), np.uint8))
-        counts[shard.refine.name] = refine.ntotal
+        counts[shard.refine.name] = _read_faiss(folder, shard.refine).ntotal
     for name, count in counts.items():
         if count != shard.rows:
             yield f"{folder}/{name} holds {count:,} rows, the manifest says {shard.rows:,}"
@@ -121,34 +152,55 @@ def check_run(store: str, manifest: RunManifest) -> Iterator[str]:
         *check_embedder(store, manifest.embedder),
     ]
     yield from faults
-    if not faults:
+    if faults:
+        return
+    try:
         yield from _check_accounting(store, plan, manifest)
         yield from _check_rows(store, manifest)
+    except LookalikeError as error:
+        yield str(error)
+
+
+def _planned(plan: str, manifest: RunManifest) -> tuple[dict[tuple[str, str], str | None], ...]:
+    """Return (uri, etag) → label of the images that a run set out to embed, and of those that it kept."""
+
+    def rows(kind: str, row: type[Any], schema: Any) -> dict[tuple[str, str], str | None]:
+        names = [entry.name for entry in manifest.plan if entry.name.startswith(kind)]
+        found = iter_rows((storage.join(plan, name) for name in names), row, schema)
+        return {(image.uri, image.etag): image.label for image in found}
+
+    return rows("unit-", ImageRef, UNIT), rows("kept-", CatalogRow, CATALOG)
 
 
 def _check_accounting(store: str, plan: str, manifest: RunManifest) -> Iterator[str]:
-    planned = [storage.join(plan, entry.name) for entry in manifest.plan]
-    units = iter_rows((uri for uri in planned if "/unit-" in uri), ImageRef, UNIT)
-    kept = iter_rows((uri for uri in planned if "/kept-" in uri), CatalogRow, CATALOG)
+    fresh, reused = _planned(plan, manifest)
+    label_of = fresh | reused
     listed, live = ListingDigest(), ListingDigest()
-    fresh = {(ref.uri, ref.etag) for ref in units}
-    reused = {(row.uri, row.etag) for row in kept}
-    for uri, etag in sorted(fresh | reused):
+    for uri, etag in sorted(label_of):
         listed.add(uri, etag)
-    embedded = rejected = rows = 0
+    outcomes: Counter[str] = Counter()  # of this run's images
+    statuses: Counter[str] = Counter()
     for row in read_catalog(store, manifest):
-        live.add(row.uri, row.etag)
-        rows += 1
-        embedded += (row.uri, row.etag) in fresh and row.status == EMBEDDED
-        rejected += (row.uri, row.etag) in fresh and row.status != EMBEDDED
-    counts = manifest.accounting
+        image = (row.uri, row.etag)
+        live.add(*image)
+        statuses[row.status] += 1
+        if image in fresh:
+            outcomes[row.reason or row.status] += 1
+        if label_of.get(image, row.label) != row.label:
+            yield f"run {manifest.run_id}: {row.uri} was listed as {label_of[image]!r}, the catalog says {row.label!r}"
     if not listed.hex() == live.hex() == manifest.listing_digest:
         yield f"run {manifest.run_id}: the catalog does not hold the very images that were listed"
-    seen = (len(fresh) + len(reused), embedded, len(reused), rejected)
-    if not counts.closes or seen != (counts.listed, counts.embedded, counts.reused, counts.rejects):
-        yield f"run {manifest.run_id}: the accounting does not close: {counts} against (listed, embedded, …) {seen}"
-    if rows != manifest.rows:
-        yield f"run {manifest.run_id}: the catalog has {rows:,} rows, the manifest says {manifest.rows:,}"
+    told = manifest.accounting
+    seen = dataclasses.replace(
+        told, listed=len(label_of), embedded=outcomes.pop(EMBEDDED, 0), reused=len(reused), rejected=dict(outcomes)
+    )
+    if not told.closes or seen != told:
+        yield f"run {manifest.run_id}: the accounting does not close: {told}, the files make it {seen}"
+    if (statuses.total(), statuses[EMBEDDED]) != (manifest.rows, manifest.live):
+        yield (
+            f"run {manifest.run_id}: the catalog has {statuses.total():,} rows, {statuses[EMBEDDED]:,} of them "
+            f"embedded, the manifest says {manifest.rows:,} and {manifest.live:,}"
+        )
 
 
 def _check_rows(store: str, manifest: RunManifest) -> Iterator[str]:
@@ -156,12 +208,18 @@ def _check_rows(store: str, manifest: RunManifest) -> Iterator[str]:
     by_part: dict[str, list[CatalogRow]] = {}
     for row in read_catalog(store, manifest):
         by_part.setdefault(row.part, []).append(row)
+    named = {entry.name for entry in manifest.parts}
     for part, rows in by_part.items():
-        uri = storage.join(store, part_name(manifest.embedder.fingerprint, part))
+        name = part_name(manifest.embedder.fingerprint, part)
+        uri = storage.join(store, name)
+        if name not in named:
+            yield f"{uri} is in the catalog, and the manifest does not name it"
+            continue
         table = read_parquet(uri, ["uri", "etag", "status", "reason", "embedding"])
         have = list(zip(*(table[name].to_pylist() for name in ("uri", "etag", "status", "reason")), strict=True))
         empty = table["embedding"].is_null().to_pylist()
         for row in rows:
             told = (row.uri, row.etag, row.status, row.reason)
-            if row.row >= len(have) or have[row.row] != told or empty[row.row] == (row.status == EMBEDDED):
+            found = 0 <= row.row < len(have) and have[row.row] == told and row.uri_hash == uri_hash(row.uri)
+            if not found or empty[row.row] == (row.status == EMBEDDED):
                 yield f"{uri}: row {row.row} is not what the catalog says of {row.uri}"
