@@ -27,6 +27,7 @@ EXTENSIONS = {
 MANIFESTS = (".csv", ".parquet", ".jsonl", ".ndjson")
 
 _STATS_AT_ONCE = 16
+_STATS_AHEAD = 1024
 
 
 class Listing:
@@ -158,8 +159,10 @@ def _read_jsonl(data: bytes) -> list[tuple[str | None, str | None]]:
 def _manifest_refs(uri: str) -> Iterator[ImageRef]:
     labels = sorted(read_manifest(uri))
     with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
-        for entry, (_, label) in zip(pool.map(_stat, (image for image, _ in labels)), labels, strict=True):
-            yield ImageRef(entry.uri, entry.etag, entry.size, entry.updated, label)
+        for start in range(0, len(labels), _STATS_AHEAD):  # map() alone would queue millions before the first
+            window = labels[start : start + _STATS_AHEAD]
+            for entry, (_, label) in zip(pool.map(_stat, (image for image, _ in window)), window, strict=True):
+                yield ImageRef(entry.uri, entry.etag, entry.size, entry.updated, label)
 
 
 def _stat(uri: str) -> Entry:

@@ -404,11 +404,26 @@ def test_a_manifest_that_is_not_there_is_named_at_once(tmp_path):
         Listing([str(tmp_path)], labels=f"{tmp_path}/parents")
 
 
-def test_many_images_of_a_manifest_keep_the_order_of_uris(tmp_path):
+def test_many_images_of_a_manifest_keep_the_order_of_uris(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "_STATS_AHEAD", 30)
     names = [f"{number:03}.jpg" for number in range(200)]
     root = fill(tmp_path, names)
     shuffled = random.Random(1).sample(names, len(names))
     refs = list(Listing([write_manifest(root, "csv", [(name, name) for name in shuffled])]))
     assert [ref.uri for ref in refs] == [f"{root}/{name}" for name in names]
     assert all(ref.uri.endswith(ref.label) for ref in refs)
-    assert listing._STATS_AT_ONCE > 1
+
+
+def test_a_manifest_is_not_looked_up_whole_before_its_first_image(tmp_path, bucket, monkeypatch):
+    names = [f"{number:05}.jpg" for number in range(5000)]
+    manifest = write_manifest(tmp_path, "csv", [(f"gs://b/{name}", None) for name in names])
+    data = storage.read(manifest)
+    bucket()
+    monkeypatch.setattr(storage, "read", lambda _uri: data)
+    asked = []
+    monkeypatch.setattr(FakeBucket, "stat", lambda _self, uri: asked.append(uri) or Entry(uri, 1, "e", 0))
+    refs = iter(Listing([manifest]))
+    assert next(refs).uri == "gs://b/00000.jpg"
+    assert len(asked) < 2000
+    assert [ref.uri for ref in refs] == [f"gs://b/{name}" for name in names[1:]]
+    assert len(asked) == 5000

@@ -430,6 +430,13 @@ def test_a_part_that_was_edited(store):
     assert faults == [f"{path}: row {row.row} is not what the catalog says of {row.uri}" for row in live]
 
 
+def test_a_part_of_rubbish_with_the_right_checksum(store):
+    entry = store.run.parts[0]
+    (store.path / entry.name).write_bytes(b"rubbish")
+    (fault,) = run_faults(store, parts=tuple(entry_of(store.root, part) for part in store.run.parts))
+    assert fault.startswith(f"{store.path}/{entry.name} cannot be read as Parquet")
+
+
 def test_a_part_that_the_manifest_does_not_name(store):
     left_out, *parts = store.run.parts
     (fault,) = run_faults(store, parts=tuple(parts))
