@@ -47,8 +47,10 @@ class Index:
             if refine is not None:
                 _append_refine(refine, shard, folder)
             tables.append(_read_records(folder, shard))
+        self._nlist = int(self._quantizer.ivf.nlist)
         self._records = records.Records(tables)
         self._rows = _global_rows(info, chosen)
+        self._refine = refine
         self._faiss, self._parts = _assemble(self._quantizer, lists, refine)
         self._embedder: Any = None
 
@@ -101,8 +103,11 @@ class Index:
         scores, found = self._search(queries, k, settings)
         short = (found < 0).any(axis=1)
         if short.any():  # the lists visited held fewer than k rows: visit them all
-            widest = SearchSettings(self.info.parameters["nlist"], max(settings.rerank, k))
+            widest = SearchSettings(self._nlist, max(settings.rerank, k))
             scores[short], found[short] = self._search(queries[short], k, widest)
+            short = (found < 0).any(axis=1)
+        if short.any():  # FastScan finds nothing for a query that is as far from every code
+            scores[short], found[short] = self._refine.search(self._quantizer.reduce(queries[short]), k)
         return [self._hits(*row) for row in zip(scores.tolist(), found.tolist(), strict=True)]
 
     def search_images(self, images: Sequence[bytes], k: int = 10) -> list[list[Hit]]:
@@ -128,9 +133,9 @@ class Index:
             default.rerank if rerank is None else operator.index(rerank),
         )
         if settings.nprobe < 1:
-            raise UsageError(f"nprobe is {nprobe}; visit at least one inverted list")
+            raise UsageError(f"nprobe is {settings.nprobe}; visit at least one inverted list")
         if settings.rerank < 0:
-            raise UsageError(f"rerank is {rerank}; it counts candidates, 0 takes as few as can be")
+            raise UsageError(f"rerank is {settings.rerank}; it counts candidates, 0 takes as few as can be")
         return settings
 
     def _check_queries(self, vectors: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -155,7 +160,7 @@ class Index:
     def _search(
         self, queries: npt.NDArray[np.float32], k: int, settings: SearchSettings
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        params: Any = faiss.SearchParametersIVF(nprobe=min(settings.nprobe, self.info.parameters["nlist"]))
+        params: Any = faiss.SearchParametersIVF(nprobe=min(settings.nprobe, self._nlist))
         if self._quantizer.refine_size:
             candidates = min(max(settings.rerank, 2 * k), max(len(self), k))
             params = faiss.IndexRefineSearchParameters(k_factor=candidates / k, base_index_params=params)

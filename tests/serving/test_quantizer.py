@@ -196,6 +196,16 @@ def chained(inner: faiss.Index, *transforms: faiss.VectorTransform) -> faiss.Ind
     return index
 
 
+def test_rows_fall_to_the_nearest_list_by_distance_too(vectors):
+    """Where a quantizer's metric is distance, long centroids do not draw rows to them."""
+    inner = faiss.index_factory(RAW, "IVF8,Flat", faiss.METRIC_L2)
+    inner.quantizer.add(unit(vectors[10:18]).astype(np.float32) * np.linspace(0.5, 3, 8, dtype=np.float32)[:, None])
+    inner.is_trained = True
+    quantizer = Quantizer(bytes(faiss.serialize_index(chained(inner, faiss.NormalizationTransform(RAW)))))
+    _, nearest = inner.quantizer.search(quantizer.reduce(vectors), 1)
+    assert (quantizer.encode(vectors).codes[:, 0] == nearest[:, 0]).mean() >= 0.999
+
+
 def rotated() -> faiss.Index:
     """A transform of a class that has no float64 form here."""
     return chained(faiss.index_factory(4, "IVF1,Flat"), faiss.RemapDimensionsTransform(4, 4, True))
