@@ -9,6 +9,7 @@ import importlib
 import io
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def build(backbone: Backbone, weights: str | None, seed: int = 0) -> Any:
     shape = (backbone.side, backbone.side, 3)
     options = {"include_top": True} if backbone.include_top else {"include_top": False, "pooling": AVERAGE}
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # where downloads are announced
+        with _hushed():
             network = getattr(application, backbone.application)(input_shape=shape, weights=weights, **options)
     except Exception as error:  # Keras raises a bare Exception when a download fails
         reason = str(error).strip().splitlines()[0]
@@ -119,9 +120,9 @@ def _scale(model: Any, shape: tuple[int, int, int]) -> float:
 
 def convert(model: Any) -> bytes:
     """Convert a Keras model to LiteRT, float32."""
-    import tensorflow as tf
+    with _hushed():  # the exporter prints its signatures
+        import tensorflow as tf
 
-    with contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its signatures
         converted: bytes = tf.lite.TFLiteConverter.from_keras_model(model).convert()
     return converted
 
@@ -169,9 +170,24 @@ def _weights_file(weights: str) -> Iterator[str | None]:
 
 def _keras() -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it announces itself on every start
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    import keras
+    with _hushed():
+        import keras
 
     return keras
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep TensorFlow's chatter off the terminal: its C++ parts write to the process's standard error past Python."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
