@@ -7,7 +7,7 @@ lookalike search --index index/ --image *.jpg --html neighbours.html
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import cli
@@ -79,7 +79,7 @@ def as_text(answers: Sequence[Answer]) -> str:
 def as_json(answers: Sequence[Answer]) -> str:
     """Lay answers out for programs: a list with `query`, `hits` (uri, label, score, row) and `error`."""
     body = [
-        {"query": answer.query, "error": answer.error, "hits": [asdict(hit) for hit in answer.hits]}
+        {"query": answer.query, "error": answer.error, "hits": [hit._asdict() for hit in answer.hits]}
         for answer in answers
     ]
     return json.dumps(body, indent=1, ensure_ascii=False)

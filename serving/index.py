@@ -3,8 +3,7 @@
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -16,8 +15,7 @@ from serving.manifest import FileEntry, IndexManifest, SearchSettings, Shard, lo
 from serving.quantizer import Quantizer
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
+class Hit(NamedTuple):
     """One neighbour: `score` is the cosine in the index's space, `row` its number over all shards."""
 
     uri: str
@@ -49,9 +47,11 @@ class Index:
             tables.append(_read_records(folder, shard))
         self._nlist = int(self._quantizer.ivf.nlist)
         self._records = records.Records(tables)
-        self._rows = _global_rows(info, chosen)
+        self._rows = _global_rows(info, chosen).data
         self._refine = refine
         self._faiss, self._parts = _assemble(self._quantizer, lists, refine)
+        # FAISS only reads them, so threads share them; making them anew takes longer than some searches.
+        self._params: dict[tuple[int, SearchSettings], Any] = {}
         self._embedder: Any = None
 
     @classmethod
@@ -160,21 +160,26 @@ class Index:
     def _search(
         self, queries: npt.NDArray[np.float32], k: int, settings: SearchSettings
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        params = self._params.get((k, settings))
+        if params is None:
+            params = self._params[k, settings] = self._make_params(k, settings)
+        scores, found = self._faiss.search(queries, k, params=params)
+        return scores, found
+
+    def _make_params(self, k: int, settings: SearchSettings) -> Any:
         params: Any = faiss.SearchParametersIVF(nprobe=min(settings.nprobe, self._nlist))
         if self._quantizer.refine_size:
             candidates = min(max(settings.rerank, 2 * k), max(len(self), k))
             params = faiss.IndexRefineSearchParameters(k_factor=candidates / k, base_index_params=params)
-        params = faiss.SearchParametersPreTransform(index_params=params)
-        scores, found = self._faiss.search(queries, k, params=params)
-        return scores, found
+        return faiss.SearchParametersPreTransform(index_params=params)
 
     def _hits(self, scores: list[float], found: list[int]) -> list[Hit]:
-        hits = []
-        for score, local in zip(scores, found, strict=True):
-            if local >= 0:
-                uri, label, _ = self._records[local]
-                hits.append(Hit(uri, label, max(-1.0, min(1.0, score)), int(self._rows[local])))
-        return hits
+        look_up, rows = self._records.uri_and_label, self._rows
+        return [
+            Hit(*look_up(local), max(-1.0, min(1.0, score)), rows[local])
+            for score, local in zip(scores, found, strict=True)
+            if local >= 0
+        ]
 
 
 def _choose(info: IndexManifest, shards: Sequence[int] | None) -> list[Shard]:
