@@ -185,6 +185,20 @@ def test_reducing_equals_what_faiss_does_with_queries(vectors):
     np.testing.assert_allclose(quantizer.reduce(vectors), by_faiss, atol=1e-5)
 
 
+def test_codebooks_are_trained_on_reduced_vectors_and_not_on_what_lists_leave_of_them(vectors):
+    _, quantizer = trained(vectors, dim=16)
+    reduced = quantizer.reduce(vectors)
+    refine = quantizer.empty_refine()
+    ranges = faiss.vector_to_array(refine.sq.trained).reshape(2, 16)
+    np.testing.assert_allclose(ranges, [reduced.min(axis=0), np.ptp(reduced, axis=0)], atol=1e-5)
+    lengths = np.linalg.norm(quantizer.ivf.quantizer.reconstruct_n(0, quantizer.ivf.nlist), axis=1)
+    np.testing.assert_array_less(lengths, 1 + 1e-5)
+    codes = quantizer.encode(vectors).codes[:, 1:]
+    assert (codes == quantizer.ivf.pq.compute_codes(reduced)).all(axis=1).mean() >= 0.999
+    # Sixteen centroids a pair of dimensions leave less than a tenth of a vector of length one.
+    assert np.square(quantizer.ivf.pq.decode(codes) - reduced).sum(axis=1).mean() < 0.1
+
+
 def test_an_index_of_wide_vectors_from_few_rows_is_finite():
     vectors = stores.clustered(700, 800)
     shape, quantizer = trained(vectors, dim=800)

@@ -15,7 +15,7 @@ import stores
 from serving import records
 from serving.embedder import write_artifact
 from serving.manifest import Accounting, FileEntry, load_index_manifest, load_run_manifest
-from transforms.catalog import read_catalog
+from transforms.catalog import part_name, read_catalog
 from transforms.planning import ListingDigest
 from transforms.schema import to_parquet
 from transforms.training import design, train
@@ -413,6 +413,14 @@ def edited(number, **changes):
 def test_a_catalog_row_that_was_edited(store, change, said):
     faults = replace_catalog(store, change)
     assert any(said in fault for fault in faults), faults
+
+
+def test_a_catalog_row_counted_from_the_end(store):
+    rows = list(read_catalog(store.root, store.run))
+    row = rows[5]
+    length = pq.read_metadata(store.path / part_name(store.run.embedder.fingerprint, row.part)).num_rows
+    (fault,) = replace_catalog(store, edited(5, row=row.row - length))
+    assert f"is not what the catalog says of {row.uri}" in fault
 
 
 def test_a_part_that_was_edited(store):
