@@ -20,7 +20,7 @@ from transforms.schema import (
     uri_hash,
 )
 
-_FILE_ROWS = 1_000_000
+_FILE_ROWS = 100_000
 _ROW_GROUP = 16_384
 
 

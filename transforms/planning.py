@@ -27,7 +27,7 @@ from transforms.schema import (
     uri_hash,
 )
 
-_KEPT_ROWS = 250_000
+_KEPT_ROWS = 50_000
 _ROW_GROUP = 8192
 
 
