@@ -112,12 +112,14 @@ class Runner:
             self.progress.finish()
 
     def _run(self, build: Callable[[beam.Pipeline], Any]) -> dict[str, int]:
-        quiet = logging.getLogger("apache_beam.runners.portability.local_job_service")
-        quiet.setLevel(logging.ERROR)  # worker processes warn of their own launch flags
+        # Worker processes warn of their own launch flags, and Ctrl-C is no error to trace.
+        logging.getLogger("apache_beam.runners.portability.local_job_service").setLevel(logging.ERROR)
+        logging.getLogger("apache_beam.runners.common").addFilter(_not_interrupted)
         pipeline = beam.Pipeline(options=self.options())
         build(pipeline)
-        result = self.last_result = pipeline.run()
-        state = result.wait_until_finish()
+        with _sentences():
+            result = self.last_result = pipeline.run()
+            state = result.wait_until_finish()
         if state is not None and state != "DONE":
             raise RunFailed(f"the pipeline ended as {state}; the runner's log says why")
         return counters(result)
@@ -138,3 +140,20 @@ def refuse_unknown(arguments: Sequence[str], own: Iterable[str] = ()) -> None:
             close = difflib.get_close_matches(name, [*own, *known], 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UsageError(f"{name} is no option of this job nor of Beam{hint}; see --help")
+
+
+def _not_interrupted(record: logging.LogRecord) -> bool:
+    return "KeyboardInterrupt" not in record.getMessage()
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Turn what Beam makes of an error inside a worker into one sentence; Beam has logged the rest."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Beam wraps whatever a DoFn raises, Ctrl-C too, and appends where that was.
+        if str(error).startswith("KeyboardInterrupt"):
+            raise KeyboardInterrupt from None
+        said = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+        raise RunFailed(f"a worker failed: {said}; what was finished is kept, run again to go on") from error

@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import apache_beam as beam
+import pytest
+
+from pipelines.runner import Runner
+from serving.errors import NotFound, RunFailed, UsageError
+
+
+class Recorded:
+    """A progress display that remembers."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        self.calls.append(("start", stage, total, unit))
+
+    def update(self, done: int, rejected: int) -> None:
+        self.calls.append(("update", done, rejected))
+
+    def finish(self) -> None:
+        self.calls.append(("finish",))
+
+
+def failing(error: BaseException):
+    def fail(_element: int) -> int:
+        raise error
+
+    return lambda pipeline: pipeline | beam.Create([1]) | beam.Map(fail)
+
+
+def run(build, *arguments: str, progress=None) -> dict[str, int]:
+    return Runner(arguments, progress).run("stage", 1, "img", build, None)
+
+
+def test_a_failing_worker_is_one_sentence():
+    with pytest.raises(RunFailed, match=r"a worker failed: out of order.*what was finished is kept, run again"):
+        run(failing(RuntimeError("out of order")))
+
+
+def test_our_own_errors_stay_what_they_are():
+    with pytest.raises(NotFound, match="gs://b/x does not exist"):
+        run(failing(NotFound("gs://b/x does not exist")))
+
+
+def test_ctrl_c_in_a_worker_is_ctrl_c():
+    with pytest.raises(KeyboardInterrupt):
+        run(failing(KeyboardInterrupt()))
+
+
+def test_a_lost_cause_in_a_worker_process_names_it():
+    with pytest.raises(RunFailed, match="ValueError: no such number"):
+        run(failing(ValueError("no such number")), "--direct_num_workers=2", "--direct_running_mode=multi_processing")
+
+
+def test_progress_ends_even_when_the_stage_fails(tmp_path: Path):
+    progress = Recorded()
+    with pytest.raises(RunFailed):
+        Runner(progress=progress).run("embed", 7, "img", failing(RuntimeError("no")), str(tmp_path))
+    assert progress.calls[0] == ("start", "embed", 7, "img")
+    assert progress.calls[-1] == ("finish",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "local", "processes"),
+    [
+        ((), True, 1),
+        (("--runner=DirectRunner", "--direct_num_workers=3"), True, 3),
+        (("--runner=DataflowRunner", "--direct_num_workers=3"), False, 1),
+        (("--runner=apache_beam.runners.portability.flink_runner.FlinkRunner",), False, 1),
+    ],
+)
+def test_where_the_workers_are(arguments, local, processes):
+    runner = Runner(arguments)
+    assert (runner.is_local, runner.worker_processes) == (local, processes)
+    with runner.heartbeats() as folder:
+        assert (folder is not None) == local
+    assert folder is None or not Path(folder).exists()
+
+
+def test_flags_of_nobody_are_refused_with_the_nearest_of_the_jobs_own():
+    from pipelines.runner import refuse_unknown
+
+    with pytest.raises(UsageError, match="did you mean --unit-size"):
+        refuse_unknown(["--unit-sise", "3"], ["--unit-size"])
+    refuse_unknown(["--project=p", "--region", "europe-west1"])
