@@ -8,6 +8,7 @@ LookalikeError                 str() is one sentence: what, which argument or fi
 │   ├── NotFound               no such object, folder or bucket
 │   ├── AccessDenied           credentials missing, expired or without the right
 │   ├── Changed                the object is no longer the one that was listed
+│   ├── TimedOut               the store did not answer in time
 │   └── Conflict               a pointer was moved by somebody else
 ├── FormatError                a file of ours cannot be used as it is
 │   ├── UnsupportedVersion     written by a newer or a much older release
@@ -65,6 +66,10 @@ class AccessDenied(StorageError):
 
 class Changed(StorageError):
     """The object is no longer the one that was listed."""
+
+
+class TimedOut(StorageError, TimeoutError):
+    """The store did not answer in time."""
 
 
 class Conflict(StorageError):
