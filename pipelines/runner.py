@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, SetupOptions, StandardOptions
@@ -125,21 +125,27 @@ class Runner:
         return counters(result)
 
 
-def refuse_unknown(arguments: Sequence[str], own: Iterable[str] = ()) -> None:
-    """Refuse flags that Beam does not know, suggesting one of Beam's or of the job's `own`.
+class _BeamParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
 
-    Beam itself drops them with a warning; a mistyped option must not be lost like that.
+
+def refuse_unknown(arguments: Sequence[str], own: Iterable[str] = ()) -> None:
+    """Refuse what is neither a flag of Beam nor its value, suggesting one of Beam's or of the job's `own`.
+
+    Beam itself drops it with a warning; a mistyped option must not be lost like that.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, conflict_handler="resolve")
+    parser = _BeamParser(allow_abbrev=False, add_help=False, conflict_handler="resolve")
     for options in [PipelineOptions, *PipelineOptions.__subclasses__()]:
         options._add_argparse_args(parser)
-    known = parser._option_string_actions
-    for argument in arguments:
-        name = argument.partition("=")[0]
-        if name.startswith("--") and name not in known:
-            close = difflib.get_close_matches(name, [*own, *known], 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UsageError(f"{name} is no option of this job nor of Beam{hint}; see --help")
+    left = parser.parse_known_args(list(arguments))[1]
+    if not left:
+        return
+    # The value of an unknown flag may come first among what is left; the flag is what was mistyped.
+    name = next((token for token in left if token.startswith("-")), left[0]).partition("=")[0]
+    close = difflib.get_close_matches(name, [*own, *parser._option_string_actions], 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UsageError(f"{name} is no option of this job nor of Beam{hint}; see --help")
 
 
 def _not_interrupted(record: logging.LogRecord) -> bool:

@@ -3,7 +3,7 @@ from pathlib import Path
 import apache_beam as beam
 import pytest
 
-from pipelines.runner import Runner
+from pipelines.runner import Runner, refuse_unknown
 from serving.errors import NotFound, RunFailed, UsageError
 
 
@@ -80,8 +80,17 @@ def test_where_the_workers_are(arguments, local, processes):
 
 
 def test_flags_of_nobody_are_refused_with_the_nearest_of_the_jobs_own():
-    from pipelines.runner import refuse_unknown
-
     with pytest.raises(UsageError, match="did you mean --unit-size"):
         refuse_unknown(["--unit-sise", "3"], ["--unit-size"])
     refuse_unknown(["--project=p", "--region", "europe-west1"])
+
+
+@pytest.mark.parametrize("arguments", [["junk"], ["-x"], ["junk", "-x"], ["--region", "europe-west1", "junk"], [""]])
+def test_words_of_nobody_are_refused(arguments):
+    with pytest.raises(UsageError, match=r"^(junk|-x|) is no option of this job nor of Beam; see --help$"):
+        refuse_unknown(arguments)
+
+
+def test_a_value_that_beam_cannot_use_is_refused():
+    with pytest.raises(UsageError, match="direct_num_workers: invalid int value: 'many'"):
+        refuse_unknown(["--direct_num_workers=many"])
