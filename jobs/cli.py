@@ -2,9 +2,13 @@
 
 import importlib
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NoReturn
 
 from serving.errors import LookalikeError, MissingExtra
 
@@ -18,13 +22,28 @@ VERBS = {
     "demo": "embed, index and search a collection drawn on the spot, or a folder of yours",
 }
 
-_EXTRAS = {"search": "images", "verify": "images"}
+_EXTRAS = {"search": "images"}
 """What a verb needs beyond the bare install, where it is not `pipeline`."""
+
+_ROOMS = ("serving", "transforms", "pipelines", "jobs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run one verb and return the exit code: 0 done, 1 failed, 2 wrong usage.
+
+    As in a shell, 130 is Ctrl-C, 143 is SIGTERM, and 141 says that nobody reads the output any more, as in `| head`.
+    """
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv), heed_sigterm=argv is None or _is_program())
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it exits
+        return 141
+
+
+def _run(arguments: list[str], heed_sigterm: bool) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0 if arguments else 2
@@ -33,21 +52,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lookalike: {verb} is not a verb; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    terminated = threading.Event()
     try:
-        code: int = _load(verb).main(rest)
+        with _sigterm_interrupts(terminated) if heed_sigterm else nullcontext():
+            code: int = _load(verb).main(rest)
     except LookalikeError as error:
         print(f"lookalike {verb}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\nlookalike {verb}: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return 143 if terminated.is_set() else 130
     return code
+
+
+def _is_program() -> bool:
+    """Tell whether the process is `python -m jobs.VERB`, not somebody else's that calls `main`."""
+    return str(getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")).startswith("jobs.")
+
+
+@contextmanager
+def _sigterm_interrupts(terminated: threading.Event) -> Iterator[None]:
+    """End on SIGTERM as on Ctrl-C, so that what is temporary is removed."""
+
+    def interrupt(_number: int, _frame: object) -> NoReturn:
+        terminated.set()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _load(verb: str) -> Any:
     try:
         return importlib.import_module(f"jobs.{verb}")
     except (ModuleNotFoundError, MissingExtra) as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _ROOMS:
+            raise  # a bug of ours, which no package cures
         raise MissingExtra("it", _EXTRAS.get(verb, "pipeline")) from error
 
 
