@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -70,7 +71,10 @@ class Runner:
     @property
     def worker_processes(self) -> int:
         """Return how many workers share this machine's cores."""
-        return max(1, self.options().view_as(DirectOptions).direct_num_workers) if self.is_local else 1
+        if not self.is_local:
+            return 1
+        asked = self.options().view_as(DirectOptions).direct_num_workers
+        return asked if asked > 0 else os.cpu_count() or 1  # Beam takes 0 for all cores
 
     def options(self) -> PipelineOptions:
         """Build fresh options; a run may change them."""

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import apache_beam as beam
@@ -67,6 +68,7 @@ def test_progress_ends_even_when_the_stage_fails(tmp_path: Path):
     [
         ((), True, 1),
         (("--runner=DirectRunner", "--direct_num_workers=3"), True, 3),
+        (("--direct_num_workers=0",), True, os.cpu_count()),
         (("--runner=DataflowRunner", "--direct_num_workers=3"), False, 1),
         (("--runner=apache_beam.runners.portability.flink_runner.FlinkRunner",), False, 1),
     ],
