@@ -28,7 +28,15 @@ from serving.manifest import (
     read_current,
 )
 from serving.quantizer import Quantizer
-from transforms.encoding import TRAINED, EncodeParts, EncodeSettings, load_quantizer, partial_uri, quantizer_folder
+from transforms.encoding import (
+    TRAINED,
+    EncodeParts,
+    EncodeSettings,
+    load_quantizer,
+    partial_uri,
+    quantizer_folder,
+    read_trained,
+)
 from transforms.measuring import make_probe, measure, tune
 from transforms.merging import MergeSettings, MergeShards, ShardDocument, shard_document
 from transforms.sampling import live_rows, sample
@@ -65,6 +73,9 @@ class TrainedDocument(Document):
     store: str
     run: str
     created: str
+    dim: int = 0
+    """As asked for, before `design` fitted it to the collection; 0 where an early release did not record it."""
+    nlist: int | None = None
 
 
 def train_quantizer(request: IndexRequest, run: RunManifest) -> TrainedDocument:
@@ -82,6 +93,8 @@ def train_quantizer(request: IndexRequest, run: RunManifest) -> TrainedDocument:
         store=request.store,
         run=run.run_id,
         created=now(),
+        dim=request.dim,
+        nlist=request.nlist,
     )
     folder = quantizer_folder(request.index, trained.quantizer)
     storage.create(storage.join(folder, TRAINED), data)
@@ -122,10 +135,13 @@ def build_version(request: IndexRequest, run: RunManifest, trained: TrainedDocum
 
 
 def publish(index: str, version: str, token: str | None) -> None:
-    """Move `CURRENT` to a finished version, unless it moved since `token` was read."""
+    """Move `CURRENT` to a finished version, unless it moved elsewhere since `token` was read."""
     try:
         move_current(index, "version", version, token)
     except Conflict:
+        current = read_current(index, "version")
+        if current is not None and current[0] == version:
+            return  # an equal run was quicker
         raise Conflict(
             f"{index} was published by another run meanwhile; version {version} is finished and not current, "
             "run again to look at both"
@@ -137,16 +153,18 @@ def run(request: IndexRequest, runner: Runner) -> tuple[IndexManifest, bool]:
     current = read_current(request.index, "version")
     source = load_run_manifest(request.store)
     published = load_index_manifest(request.index, current[0]) if current else None
-    if published is not None and published.lineage.get("inputs") == _inputs(request, source):
+    if published is not None and published.lineage.get("inputs") == _inputs(
+        source, request.dim, request.nlist, request.shards
+    ):
         return published, False
     manifest = build_version(request, source, train_quantizer(request, source), runner)
     publish(request.index, manifest.version, current[1] if current else None)
     return manifest, True
 
 
-def _inputs(request: IndexRequest, run: RunManifest) -> str:
+def _inputs(run: RunManifest, dim: int, nlist: int | None, shards: int) -> str:
     """Hash what a version is made from before anything is trained."""
-    made_from = [[file.sha256 for file in run.catalog], request.dim, request.nlist, request.shards]
+    made_from = [[file.sha256 for file in run.catalog], dim, nlist, shards]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
 
 
@@ -184,7 +202,7 @@ def _describe(
     request: IndexRequest, run: RunManifest, trained: TrainedDocument, version: str, shards: int
 ) -> IndexManifest:
     folder = storage.join(request.index, "versions", version)
-    data = storage.read(storage.join(quantizer_folder(request.index, trained.quantizer), TRAINED))
+    data = read_trained(request.index, trained.quantizer)
     storage.create(storage.join(folder, TRAINED), data)
     shape = trained.design
     built = tuple(ShardDocument.load(shard_document(folder, number, shards)).shard for number in range(shards))
@@ -206,7 +224,7 @@ def _describe(
             "store": request.store,
             "run": run.run_id,
             "images": list(run.images),
-            "inputs": _inputs(request, run),
+            "inputs": _inputs(run, trained.dim, trained.nlist, request.shards),
         },
         created=now(),
         built_with=built_with(),

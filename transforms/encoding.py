@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from serving import storage
+from serving.errors import ChecksumMismatch
 from serving.quantizer import Quantizer
 from transforms.metrics import StageMetrics
 from transforms.progress import Heartbeat
@@ -39,9 +40,18 @@ def partial_uri(index: str, quantizer: str, part: str) -> str:
     return storage.join(quantizer_folder(index, quantizer), storage.name_of(part))
 
 
+def read_trained(index: str, quantizer: str) -> bytes:
+    """Read the bytes of a trained quantizer; `ChecksumMismatch` unless they hash to its id."""
+    uri = storage.join(quantizer_folder(index, quantizer), TRAINED)
+    data = storage.read(uri)
+    if not storage.sha256(data).startswith(quantizer):
+        raise ChecksumMismatch(f"{uri} is damaged or another quantizer's; delete it and train again")
+    return data
+
+
 def load_quantizer(index: str, quantizer: str) -> Quantizer:
     """Load a trained quantizer by its id."""
-    return Quantizer(storage.read(storage.join(quantizer_folder(index, quantizer), TRAINED)))
+    return Quantizer(read_trained(index, quantizer))
 
 
 def encode_part(uri: str, quantizer: Quantizer) -> pa.Table:

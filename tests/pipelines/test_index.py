@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -5,10 +6,11 @@ import pytest
 import stores
 from real import embed_folder
 
+from pipelines import index
 from pipelines.index import IndexRequest, build_version, load_trained, publish, run, train_quantizer
 from pipelines.runner import Runner
 from serving import Index
-from serving.errors import Conflict, EmbedderMismatch, NotFound, UsageError
+from serving.errors import ChecksumMismatch, Conflict, EmbedderMismatch, NotFound, UsageError
 from serving.manifest import IndexManifest, load_run_manifest
 
 
@@ -129,9 +131,45 @@ def test_an_unknown_quantizer_is_one_clear_sentence(tmp_path):
 
 
 def test_publishing_over_somebody_elses_publication_is_refused(tmp_path):
+    build(tmp_path, 50)
+    with pytest.raises(Conflict, match="version other is finished and not current"):
+        publish(str(tmp_path / "index"), "other", None)
+
+
+def test_losing_the_race_to_an_equal_run_is_no_conflict(tmp_path):
     manifest = build(tmp_path, 50)
-    with pytest.raises(Conflict, match="was published by another run meanwhile"):
-        publish(str(tmp_path / "index"), manifest.version, None)
+    publish(str(tmp_path / "index"), manifest.version, None)
+    assert Index.open(str(tmp_path / "index")).info == manifest
+
+
+def test_merging_alone_records_what_the_quantizer_was_trained_with(tmp_path):
+    stores.write_store(tmp_path / "store", stores.clustered(700))
+    request = IndexRequest(str(tmp_path / "store"), str(tmp_path / "index"))
+    source = load_run_manifest(request.store)
+    narrow = dataclasses.replace(request, dim=32, nlist=3)
+    trained = load_trained(request.index, train_quantizer(narrow, source).quantizer)
+    merged = build_version(request, source, trained, Runner())
+    publish(request.index, merged.version, None)
+    assert run(narrow, Runner()) == (merged, False)
+    wide, changed = run(request, Runner())
+    assert changed
+    assert wide.reduced_dim == 64
+
+
+def test_only_the_very_quantizer_is_copied_into_a_version(tmp_path, monkeypatch):
+    stores.write_store(tmp_path / "store", stores.clustered(50))
+    request = IndexRequest(str(tmp_path / "store"), str(tmp_path / "index"))
+    merge = index._merge
+
+    def merge_then_damage(request, run, quantizer, *rest):
+        merge(request, run, quantizer, *rest)
+        path = tmp_path / "index" / "encoded" / quantizer / "trained.faiss"
+        path.write_bytes(path.read_bytes() + b"x")
+
+    monkeypatch.setattr(index, "_merge", merge_then_damage)
+    with pytest.raises(ChecksumMismatch, match=r"trained\.faiss is damaged or another quantizer's"):
+        run(request, Runner())
+    assert not list((tmp_path / "index").glob("versions/*/trained.faiss"))
 
 
 def test_the_manifest_records_where_the_version_came_from(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import stores
 
 from serving import storage
-from serving.errors import FormatError, NotFound
+from serving.errors import ChecksumMismatch, FormatError, NotFound
 from serving.quantizer import BATCH
 from transforms import encoding
 from transforms.embedding import Outcome, part_table
@@ -160,6 +160,14 @@ def test_a_quantizer_is_loaded_by_its_id(built, quantizer):
     assert faiss.serialize_index(again.ivf).tobytes() == faiss.serialize_index(quantizer.ivf).tobytes()
     with pytest.raises(NotFound, match="nowhere"):
         load_quantizer(str(built), "nowhere")
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data + b"?", lambda _: b""])
+def test_a_quantizer_that_is_not_the_one_of_its_path_is_refused(index_copy, quantizer, damage):
+    path = index_copy.path / "encoded" / quantizer.id / "trained.faiss"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ChecksumMismatch, match=r"trained\.faiss is damaged or another quantizer's"):
+        load_quantizer(index_copy.root, quantizer.id)
 
 
 def test_a_worker_encodes_what_is_not_encoded_yet(made, built, quantizer, tmp_path):
