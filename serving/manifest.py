@@ -80,13 +80,14 @@ class SearchSettings:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A JSON document with a format version."""
+    """A JSON document with a format version, and the SHA-256 of everything else in it."""
 
     FORMAT: ClassVar[int] = 1
 
     def to_json(self) -> bytes:
         """Serialize with sorted keys."""
         body = {"format_version": self.FORMAT, **dataclasses.asdict(self)}
+        body["checksum"] = _checksum(body)
         return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
 
     @classmethod
@@ -94,7 +95,7 @@ class Document:
         """Parse; `uri` is named in errors."""
         try:
             body = json.loads(data)
-            found = body.pop("format_version")
+            found = body["format_version"]
         except (ValueError, KeyError, AttributeError, TypeError):
             raise FormatError(f"{uri} is not a manifest of this project, or it is damaged") from None
         if found != cls.FORMAT:
@@ -102,6 +103,10 @@ class Document:
                 f"{uri} has format version {found}, this release reads {cls.FORMAT}; "
                 f"{'upgrade lookalike' if isinstance(found, int) and found > cls.FORMAT else 'build it again'}"
             )
+        if "checksum" not in body:
+            raise FormatError(f"{uri} is damaged: it has no checksum")
+        if body.pop("checksum") != _checksum(body):
+            raise ChecksumMismatch(f"{uri} is damaged: its checksum is not that of its content; restore it")
         try:
             document: Self = _build(cls, body)
             return document
@@ -239,6 +244,10 @@ def load_run_manifest(store: str, run_id: str | None = None) -> RunManifest:
             raise NotFound(f"{store} is not an embedding store: it has no CURRENT; fill one with `lookalike embed`")
         run_id = current[0]
     return RunManifest.load(storage.join(store, "runs", run_id, "manifest.json"))
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return storage.sha256(json.dumps(body, sort_keys=True).encode())
 
 
 def _build(kind: Any, value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from serving.errors import FormatError, LookalikeError, NotFound
 from serving.manifest import Document, EmbedderRef, FileEntry, IndexManifest, RunManifest, Shard
 from serving.quantizer import Quantizer
 from transforms.catalog import part_name, read_catalog
-from transforms.planning import ListingDigest
+from transforms.merging import ShardDocument, shard_document
+from transforms.planning import ListingDigest, Plan
 from transforms.schema import (
     CATALOG,
     EMBEDDED,
@@ -77,16 +78,28 @@ def shard_files(manifest: IndexManifest) -> list[FileEntry]:
 
 
 def check_version(root: str, manifest: IndexManifest) -> Iterator[str]:
-    """Check one index version: files, embedder, and what is inside the shards."""
+    """Check one index version: files, embedder, the shards' own documents, and what is inside the shards."""
     folder = storage.join(root, "versions", manifest.version)
     faults = [*check_files(folder, shard_files(manifest)), *check_embedder(root, manifest.embedder)]
     yield from faults
+    yield from _check_shard_documents(folder, manifest.shards)
     if faults:
         return  # what is inside damaged files tells nothing more
     try:
         yield from _check_content(root, folder, manifest)
     except LookalikeError as error:
         yield str(error)
+
+
+def _check_shard_documents(folder: str, shards: Sequence[Shard]) -> Iterator[str]:
+    """Compare what every shard says of itself with what the manifest says of it."""
+    for shard in shards:
+        uri = shard_document(folder, shard.number, len(shards))
+        try:
+            if ShardDocument.load(uri).shard != shard:
+                yield f"{uri} and the manifest say different things of shard {shard.number}"
+        except LookalikeError as error:
+            yield str(error)
 
 
 def _check_content(root: str, folder: str, manifest: IndexManifest) -> Iterator[str]:
@@ -144,7 +157,7 @@ def _check_shard(folder: str, shard: Shard, quantizer: Quantizer) -> Iterator[st
 
 
 def check_run(store: str, manifest: RunManifest) -> Iterator[str]:
-    """Check one run of a store: files, embedder, accounting, and catalog against parts."""
+    """Check one run of a store: files, embedder, plan, accounting, and catalog against parts."""
     plan = storage.join(store, "runs", manifest.run_id, "plan")
     faults = [
         *check_files(store, [*manifest.parts, *manifest.catalog]),
@@ -152,6 +165,7 @@ def check_run(store: str, manifest: RunManifest) -> Iterator[str]:
         *check_embedder(store, manifest.embedder),
     ]
     yield from faults
+    yield from _check_plan(storage.join(plan, "plan.json"), manifest)
     if faults:
         return
     try:
@@ -159,6 +173,19 @@ def check_run(store: str, manifest: RunManifest) -> Iterator[str]:
         yield from _check_rows(store, manifest)
     except LookalikeError as error:
         yield str(error)
+
+
+def _check_plan(uri: str, manifest: RunManifest) -> Iterator[str]:
+    """Compare the plan with what the manifest says of it."""
+    try:
+        plan = Plan.load(uri)
+    except LookalikeError as error:
+        yield str(error)
+        return
+    if (*plan.unit_files, *plan.kept_files) != manifest.plan:
+        yield f"{uri} names other files than the manifest"
+    if plan.listing_digest != manifest.listing_digest:
+        yield f"{uri} is of another listing than the manifest"
 
 
 def _planned(plan: str, manifest: RunManifest) -> tuple[dict[tuple[str, str], str | None], ...]:

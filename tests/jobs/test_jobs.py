@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pictures
 import pytest
+import signed
 
 from jobs import cli
 
@@ -148,9 +149,7 @@ def test_verify_names_a_missing_and_a_swapped_shard(built, tmp_path, capsys):
 def test_verify_names_an_index_of_another_embedder(built, tmp_path, capsys):
     index = Path(shutil.copytree(built / "index", tmp_path / "index"))
     description = next(index.glob("embedders/*/embedder.json"))
-    body = json.loads(description.read_text())
-    body["spec"]["weights"] = "untrained:seed=7"
-    description.write_text(json.dumps(body))
+    signed.edit(description, spec={"weights": "untrained:seed=7"})
     assert cli.main(["verify", str(index)]) == 1
     assert "is another embedder" in capsys.readouterr().out
 

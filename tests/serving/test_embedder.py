@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import gc
-import json
 import re
 import shutil
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pictures
 import pytest
+import signed
 
 from serving import storage
 from serving.embedder import (
@@ -63,10 +63,7 @@ def copied(artifact: str, tmp_path: Path) -> Path:
 
 
 def edit(description: Path, change: dict[str, Any], spec: dict[str, Any]) -> None:
-    body = json.loads(description.read_bytes())
-    body.update(change)
-    body["spec"].update(spec)
-    description.write_text(json.dumps(body))
+    signed.edit(description, **change, spec=spec)
 
 
 # --- Its name -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
+from signed import edit, sign
 
 from serving import storage
 from serving.errors import ChecksumMismatch, Conflict, FormatError, NotFound, UnsupportedVersion
@@ -82,7 +83,7 @@ class Small(Document):
 
 
 def small(**values: Any) -> Small:
-    return Small.from_json(json.dumps({"format_version": 3, "name": "a", **values}).encode(), URI)
+    return Small.from_json(sign({"format_version": 3, "name": "a", **values}), URI)
 
 
 # --- Round trips ----------------------------------------------------------------------------------------------------
@@ -139,11 +140,15 @@ def changed(body: Any, path: tuple[Any, ...], value: Any) -> bytes:
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value
-    return json.dumps(other).encode()
+    return sign(other)
+
+
+def unsigned(document: Document) -> dict[str, Any]:
+    return {key: value for key, value in json.loads(document.to_json()).items() if key != "checksum"}
 
 
 def test_a_value_of_another_type_is_damage_or_fits(kind):
-    body = json.loads(example(kind, True).to_json())
+    body = unsigned(example(kind, True))
     refusals = []
     for path in places(body):
         for value in (None, "text", 7, [], {}, [[]], [None], {"key": 1}):
@@ -156,12 +161,44 @@ def test_a_value_of_another_type_is_damage_or_fits(kind):
 
 
 def test_a_missing_key_is_named(kind):
-    body = json.loads(example(kind, True).to_json())
+    body = unsigned(example(kind, True))
     for field in dataclasses.fields(kind):
         if field.default is field.default_factory is dataclasses.MISSING:
             without = {key: value for key, value in body.items() if key != field.name}
             with pytest.raises(FormatError, match=f"{URI} is damaged: .*'{field.name}'"):
-                kind.from_json(json.dumps(without).encode(), URI)
+                kind.from_json(sign(without), URI)
+
+
+def test_a_changed_value_is_no_match_for_the_checksum(kind):
+    body = json.loads(example(kind, True).to_json())
+    for path in places(unsigned(example(kind, True))):
+        if path != ("format_version",):
+            other = copy.deepcopy(body)
+            inner = other
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = "another"
+            with pytest.raises(ChecksumMismatch, match=f"{URI} is damaged: its checksum is not that of its content"):
+                kind.from_json(json.dumps(other).encode(), URI)
+
+
+@pytest.mark.parametrize("checksum", ["", "0" * 64, None, 3, []])
+def test_another_checksum_is_refused(checksum):
+    body = {**json.loads(Small("a").to_json()), "checksum": checksum}
+    with pytest.raises(ChecksumMismatch, match=f"{URI} is damaged"):
+        Small.from_json(json.dumps(body).encode(), URI)
+
+
+def test_a_document_without_a_checksum_is_refused(kind):
+    with pytest.raises(FormatError, match=f"{URI} is damaged: it has no checksum"):
+        kind.from_json(json.dumps(unsigned(example(kind, True))).encode(), URI)
+
+
+def test_a_document_may_be_laid_out_anew(kind, tmp_path):
+    document = example(kind, True)
+    (tmp_path / "document").write_bytes(document.to_json())
+    edit(tmp_path / "document", later={"key": 1})
+    assert kind.load(str(tmp_path / "document")) == document
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"garbage", b"\xff\xfe", b"null", b"3", b"[1]", b'["x"]', b'"x"', b"{}"])

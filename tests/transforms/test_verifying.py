@@ -1,7 +1,6 @@
 """Every fault is one sentence that names the file: damage first, then content whose checksums were made to fit."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import signed
 import stores
 
 from serving import records
@@ -222,9 +222,7 @@ def test_an_index_whose_embedder_was_replaced(index_copy, other_embedder, made):
 
 def test_an_index_whose_embedder_was_replaced_and_renamed(index_copy, made):
     path = index_copy.path / "embedders" / made.run.embedder.fingerprint / "embedder.json"
-    document = json.loads(path.read_text())
-    document["spec"]["weights"] = "untrained:seed=1"
-    path.write_text(json.dumps(document))
+    signed.edit(path, spec={"weights": "untrained:seed=1"})
     (fault,) = version_faults(index_copy)
     assert f"{path} is another embedder" in fault
 
@@ -274,6 +272,7 @@ def replace_shard(index, number, kind, data):
     entry = getattr(shard, kind)
     (index.path / "versions" / manifest.version / entry.name).write_bytes(data)
     shard = dataclasses.replace(shard, **{kind: FileEntry.of(entry.name, data)})
+    signed.edit(pick(index, f"versions/*/shard-{number:05}*.json"), shard=dataclasses.asdict(shard))
     shards = tuple(shard if shard.number == other.number else other for other in manifest.shards)
     return version_faults(index, shards=shards)
 
@@ -359,8 +358,11 @@ def test_a_manifest_of_other_rows(index_copy, rows):
 
 
 def test_a_manifest_that_lost_a_shard(index_copy):
-    (fault,) = version_faults(index_copy, shards=index_copy.version.shards[:2])
+    *missing, fault = version_faults(index_copy, shards=index_copy.version.shards[:2])
     assert "do not add up" in fault
+    assert [Path(said.split()[0]).name for said in missing] == [
+        f"shard-0000{number}-of-00002.json" for number in (0, 1)
+    ]
 
 
 def test_a_manifest_whose_shards_changed_places(index_copy):
@@ -369,8 +371,55 @@ def test_a_manifest_whose_shards_changed_places(index_copy):
         index_copy,
         shards=(dataclasses.replace(one, buckets=two.buckets), dataclasses.replace(two, buckets=one.buckets), three),
     )
-    assert len(faults) == 2
-    assert all("holds rows of another shard" in fault for fault in faults)
+    assert len(faults) == 4
+    assert all("and the manifest say different things of shard" in fault for fault in faults[:2])
+    assert all("holds rows of another shard" in fault for fault in faults[2:])
+
+
+# What a shard and a plan say of themselves
+
+
+SHARD, PLAN = "versions/*/shard-00001*.json", "runs/run-2/plan/plan.json"
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(b"{}")])
+def test_a_damaged_shard_document_is_named(index_copy, damage):
+    path = pick(index_copy, SHARD)
+    damage(path)
+    (fault,) = version_faults(index_copy)
+    assert fault.startswith(f"{path} ")
+
+
+@pytest.mark.parametrize("change", [{"rows": 1}, {"number": 2}, {"refine": None}, {"lists": {"name": "other"}}])
+def test_a_shard_document_that_says_something_else_is_named(index_copy, change):
+    path = pick(index_copy, SHARD)
+    shard = dataclasses.asdict(index_copy.version.shards[1])
+    if "lists" in change:
+        change = {"lists": shard["lists"] | change["lists"]}
+    signed.edit(path, shard=change)
+    assert version_faults(index_copy) == [f"{path} and the manifest say different things of shard 1"]
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(b"{}")])
+def test_a_damaged_plan_is_named(store, damage):
+    path = pick(store, PLAN)
+    damage(path)
+    (fault,) = run_faults(store)
+    assert fault.startswith(f"{path} ")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"unit_files": []}, "names other files than the manifest"),
+        ({"kept_files": []}, "names other files than the manifest"),
+        ({"listing_digest": "0" * 64}, "is of another listing than the manifest"),
+    ],
+)
+def test_a_plan_that_says_something_else_is_named(store, change, said):
+    path = pick(store, PLAN)
+    signed.edit(path, **change)
+    assert run_faults(store) == [f"{path} {said}"]
 
 
 # What is inside a store
