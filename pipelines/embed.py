@@ -15,7 +15,7 @@ from serving.embedder import EmbedderDocument, read_description
 from serving.errors import RunFailed, UsageError
 from serving.images import Limits
 from serving.manifest import FileEntry, RunManifest, built_with, load_run_manifest, move_current, now, read_current
-from transforms.catalog import commit, count_outcomes, part_name, read_catalog
+from transforms.catalog import commit, count_outcomes, is_spoiled, part_name, read_catalog
 from transforms.embedding import EmbedSettings, EmbedUnits
 from transforms.listing import Listing
 from transforms.planning import Plan, Planner, discard
@@ -76,7 +76,10 @@ def run(request: EmbedRequest, runner: Runner) -> EmbedResult:
         discard(folder, plan)
         raise UsageError(_nothing_found(listing))
     counted = _embed(request, embedder, plan, run_id, runner)
-    _check_rejects(request, count_outcomes(request.store, embedder.fingerprint, plan))
+    outcomes = count_outcomes(request.store, embedder.fingerprint, plan)
+    _check_rejects(request, plan, outcomes)
+    if parent is not None and plan.changes_nothing_but_retries and not outcomes[EMBEDDED]:
+        return EmbedResult(parent, False, listing.skipped, counted)
     manifest = _commit(request, embedder, plan, run_id, parent)
     move_current(request.store, "run", run_id, current[1] if current else None)
     return EmbedResult(manifest, True, listing.skipped, counted)
@@ -94,7 +97,14 @@ def _plan(
     if parent is not None and parent.embedder.fingerprint == embedder.fingerprint:
         known = read_catalog(request.store, parent)
     recipe = {"embedder": embedder.fingerprint, "precision": request.precision, **asdict(request.limits)}
-    planner = Planner(folder, recipe, request.unit_size, run_id if request.retry_rejects else None)
+    planner = Planner(
+        folder,
+        recipe,
+        request.unit_size,
+        attempt=run_id,
+        retry_rejects=request.retry_rejects,
+        spoiled=lambda name: is_spoiled(request.store, embedder.fingerprint, name),
+    )
     return planner.plan(listing, known)
 
 
@@ -130,14 +140,16 @@ def _embed(
         return runner.run("embed", plan.new, "img", build, heartbeats)
 
 
-def _check_rejects(request: EmbedRequest, outcomes: Counter[str]) -> None:
+def _check_rejects(request: EmbedRequest, plan: Plan, outcomes: Counter[str]) -> None:
+    """Compare the rejects of the whole catalog to come, so that one bad image among few new ones fails nothing."""
     rejected = {reason: count for reason, count in sorted(outcomes.items()) if reason != EMBEDDED}
-    total, bad = outcomes.total(), sum(rejected.values())
-    if total and bad / total > request.max_reject_ratio:
+    bad = sum(rejected.values()) + plan.kept_rejects
+    if bad > request.max_reject_ratio * plan.listed:
         reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
         raise RunFailed(
-            f"{bad} of {total} images were rejected ({reasons}), more than --max-reject-ratio "
-            f"{request.max_reject_ratio:g} allows; what was embedded is kept, and a run with a higher ratio will use it"
+            f"{bad} of {plan.listed} images were rejected ({reasons or 'in earlier runs'}), more than "
+            f"--max-reject-ratio {request.max_reject_ratio:g} allows; what was embedded is kept: a run with a higher "
+            "ratio uses it, one with --retry-rejects tries the others again"
         )
 
 

@@ -12,6 +12,7 @@ from transforms.planning import ListingDigest, Plan, read_unit
 from transforms.schema import (
     CATALOG,
     EMBEDDED,
+    UNREAD,
     CatalogRow,
     iter_rows,
     read_parquet,
@@ -65,6 +66,12 @@ def part_rows(store: str, fingerprint: str, folder: str, name: str) -> Iterator[
         raise FormatError(f"{part_uri(store, fingerprint, name)} does not hold its unit's images; delete it and rerun")
     for row, (ref, status, reason) in enumerate(zip(unit, columns[2], columns[3], strict=True)):
         yield CatalogRow(ref.uri, ref.etag, ref.label, name, row, status, reason, uri_hash(ref.uri))
+
+
+def is_spoiled(store: str, fingerprint: str, name: str) -> bool:
+    """Tell whether a part exists that holds images which could not be read: it is not the unit's last word."""
+    uri = part_uri(store, fingerprint, name)
+    return storage.exists(uri) and UNREAD in read_parquet(uri, ["status"])["status"].to_pylist()
 
 
 def count_outcomes(store: str, fingerprint: str, plan: Plan) -> Counter[str]:

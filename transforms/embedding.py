@@ -15,15 +15,17 @@ import pyarrow as pa
 
 from serving import storage
 from serving.embedder import Embedder, open_cached
-from serving.errors import ImageRejected, StorageError
+from serving.errors import Changed, ImageRejected, NotFound, StorageError, TimedOut
 from serving.images import Limits, load
 from transforms.catalog import part_uri
 from transforms.metrics import StageMetrics
 from transforms.planning import read_unit
 from transforms.progress import Heartbeat
-from transforms.schema import EMBEDDED, REJECTED, ImageRef, Precision, part_schema, to_parquet
+from transforms.schema import EMBEDDED, REJECTED, UNREAD, ImageRef, Precision, part_schema, to_parquet
 
 _ROW_GROUP = 512
+_OUTAGE = 10
+"""Fewer unread images than this are never taken for an outage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +52,23 @@ class Outcome:
     height: int | None = None
     size: int | None = None
     content_hash: bytes | None = None
+    unread: bool = False
+    """The store did not give the bytes, for a reason that may pass."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def status(self) -> str:
-        """Return `embedded` or `rejected`."""
-        return EMBEDDED if self.reason is None else REJECTED
+        """Return `embedded`, `rejected` or `unread`."""
+        if self.reason is None:
+            return EMBEDDED
+        return UNREAD if self.unread else REJECTED
 
 
 def read_image(ref: ImageRef, limits: Limits) -> bytes:
-    """Read the very version that was listed, or raise `ImageRejected` saying why not."""
+    """Read the very version that was listed, or raise `ImageRejected` or `StorageError`."""
     if ref.size > limits.max_bytes:
         raise ImageRejected("too_large", f"{ref.size:,} bytes; the limit is {limits.max_bytes:,}")
-    try:
-        return storage.read(ref.uri, etag=ref.etag or None)
-    except TimeoutError as error:
-        raise ImageRejected("timeout", f"the store did not answer in time: {error}") from None
-    except StorageError as error:
-        raise ImageRejected("unreadable", str(error)) from None
+    return storage.read(ref.uri, etag=ref.etag or None)
 
 
 def embed_image(ref: ImageRef, embedder: Embedder, limits: Limits, precision: Precision = "float16") -> Outcome:
@@ -89,7 +90,22 @@ def embed_image(ref: ImageRef, embedder: Embedder, limits: Limits, precision: Pr
         outcome.vector = vector
     except ImageRejected as error:
         outcome.reason, outcome.message = error.reason, error.message
+    except StorageError as error:
+        outcome.reason, outcome.message = "timeout" if isinstance(error, TimedOut) else "unreadable", str(error)
+        outcome.unread = not isinstance(error, NotFound | Changed)  # those have another etag next time, or none
+    except MemoryError:
+        outcome.reason, outcome.message = "too_large", "there is not the memory to read it"
     return outcome
+
+
+def check_store(outcomes: list[Outcome]) -> None:
+    """Raise `StorageError` when most of a unit could not be read: that is the store's trouble, not the images'."""
+    unread = [outcome for outcome in outcomes if outcome.unread]
+    if len(unread) >= _OUTAGE and 2 * len(unread) > len(outcomes):
+        raise StorageError(
+            f"{len(unread)} of {len(outcomes)} images of a unit could not be read, such as: {unread[0].message}; "
+            "mend that and run again, finished units are kept"
+        )
 
 
 def part_table(refs: list[ImageRef], outcomes: list[Outcome], schema: pa.Schema) -> pa.Table:
@@ -138,6 +154,7 @@ class EmbedUnit(beam.DoFn):
             self._heartbeat.add(len(refs))
         else:
             outcomes = list(self._pool.map(self._embed, refs))
+            check_store(outcomes)
             started = time.perf_counter()
             table = part_table(refs, outcomes, self._schema)
             dim = str(self._embedder.spec.dim)

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +17,9 @@ from serving import storage
 from serving.manifest import Document, FileEntry
 from transforms.schema import (
     CATALOG,
-    REJECTED,
+    EMBEDDED,
     UNIT,
+    UNREAD,
     CatalogRow,
     ImageRef,
     iter_rows,
@@ -49,6 +50,10 @@ class Plan(Document):
     """Catalog rows carried over, with the labels of the new listing."""
     new: int
     kept: int
+    kept_rejects: int
+    """Of the kept, those without an embedding."""
+    retried: int
+    """Of the new, those that were known without an embedding and have not changed."""
     relabelled: int
     gone: int
     listing_digest: str
@@ -62,6 +67,11 @@ class Plan(Document):
     def changes_nothing(self) -> bool:
         """Tell whether the catalog would come out as it is."""
         return not (self.new or self.relabelled or self.gone)
+
+    @property
+    def changes_nothing_but_retries(self) -> bool:
+        """Tell whether only images are tried again that failed before."""
+        return not (self.new - self.retried or self.relabelled or self.gone)
 
 
 class ListingDigest:
@@ -119,15 +129,27 @@ def unit_name(refs: Iterable[ImageRef], recipe: str) -> str:
 class Planner:
     """Write a run's plan below `folder` (`STORE/runs/<run_id>/plan`).
 
-    `recipe` is everything besides the images that parts depend on. With `retry_rejects` (a word that sets this try
-    apart from earlier ones) images rejected before are planned again.
+    `recipe` is everything besides the images that parts depend on. Images that could not be read before are planned
+    again, with `retry_rejects` all that were rejected. A unit whose part is `spoiled` (it holds images that could not
+    be read) gets a name of this `attempt`, and so does every unit where rejects are tried again.
     """
 
-    def __init__(self, folder: str, recipe: dict[str, Any], unit_size: int, retry_rejects: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str,
+        recipe: dict[str, Any],
+        unit_size: int,
+        *,
+        attempt: str = "",
+        retry_rejects: bool = False,
+        spoiled: Callable[[str], bool] = lambda _name: False,
+    ) -> None:
         self._folder = folder
         self._recipe = json.dumps(recipe, sort_keys=True)
         self._unit_size = unit_size
-        self._retry = retry_rejects
+        self._attempt = attempt
+        self._retry_rejects = retry_rejects
+        self._spoiled = spoiled
         self._counts: Counter[str] = Counter()
         self._kept: list[CatalogRow] = []
         self._kept_files: list[FileEntry] = []
@@ -137,7 +159,9 @@ class Planner:
         digest = ListingDigest()
         units, files = [], []
         for unit in cut(self._new(merge_join(listed, known), digest), self._unit_size):
-            name = unit_name(unit, self._recipe + (self._retry or ""))
+            name = unit_name(unit, self._recipe)
+            if self._retry_rejects or self._spoiled(name):
+                name = unit_name(unit, self._recipe + self._attempt)
             units.append(name)
             files.append(self._write(f"unit-{name}.parquet", to_table(unit, UNIT)))
         self._flush_kept()
@@ -147,6 +171,8 @@ class Planner:
             kept_files=tuple(self._kept_files),
             new=self._counts["new"],
             kept=self._counts["kept"],
+            kept_rejects=self._counts["kept_rejects"],
+            retried=self._counts["retried"],
             relabelled=self._counts["relabelled"],
             gone=self._counts["gone"],
             listing_digest=digest.hex(),
@@ -160,14 +186,20 @@ class Planner:
                 self._counts["gone"] += 1
                 continue
             digest.add(ref.uri, ref.etag)
-            if row is None or row.etag != ref.etag or (self._retry and row.status == REJECTED):
-                self._counts["new"] += 1
-                yield ref
-            else:
-                self._keep(row, ref.label)
+            if row is not None and row.etag == ref.etag:
+                if not self._tried_again(row):
+                    self._keep(row, ref.label)
+                    continue
+                self._counts["retried"] += 1
+            self._counts["new"] += 1
+            yield ref
+
+    def _tried_again(self, row: CatalogRow) -> bool:
+        return row.status == UNREAD or (self._retry_rejects and row.status != EMBEDDED)
 
     def _keep(self, row: CatalogRow, label: str | None) -> None:
         self._counts["kept"] += 1
+        self._counts["kept_rejects"] += row.status != EMBEDDED
         if row.label != label:
             self._counts["relabelled"] += 1
             row = row._replace(label=label)

@@ -10,13 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from serving import storage
-from serving.errors import FormatError
+from serving.errors import FormatError, LookalikeError
 
 BUCKETS = 1024
 """Virtual buckets of hash(uri); an index shard is a range of them."""
 
 EMBEDDED = "embedded"
 REJECTED = "rejected"
+UNREAD = "unread"
+"""Rejected because the store did not give the bytes: the next run tries again, while `rejected` waits for new bytes."""
 
 Precision = Literal["float16", "float32"]
 
@@ -128,11 +130,13 @@ def to_table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
 
 
 def to_parquet(table: pa.Table, *, row_group: int, metadata: dict[str, str] | None = None) -> bytes:
-    """Serialize to zstd-compressed Parquet with `row_group` rows a group."""
+    """Serialize to zstd-compressed Parquet with `row_group` rows a group and a checksum a page."""
     sink = io.BytesIO()
     if metadata:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
-    pq.write_table(table, sink, compression="zstd", row_group_size=row_group, write_statistics=True)
+    pq.write_table(
+        table, sink, compression="zstd", row_group_size=row_group, write_statistics=True, write_page_checksum=True
+    )
     return sink.getvalue()
 
 
@@ -141,9 +145,9 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file for partial reads; damage met on the way is a `FormatError`."""
     try:
         with storage.open_binary(uri) as source:
-            yield pq.ParquetFile(source)
-    except TimeoutError:
-        raise  # an OSError too, and no damage
+            yield pq.ParquetFile(source, page_checksum_verification=True)
+    except LookalikeError:
+        raise  # a store that does not answer in time is an OSError too, and no damage
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # most damage is an OSError to Arrow
         line, *_ = str(error).partition("\n")
         raise FormatError(f"{uri} cannot be read as Parquet: {line}") from None

@@ -12,7 +12,9 @@ from real import embed_folder, request
 from pipelines import embed
 from pipelines.embed import EmbedResult
 from pipelines.runner import Runner
-from serving.errors import RunFailed, UsageError
+from serving import storage
+from serving.disk import DiskStorage
+from serving.errors import AccessDenied, RunFailed, StorageError, UsageError
 from serving.manifest import RunManifest, load_run_manifest
 from transforms.catalog import read_catalog
 from transforms.schema import CatalogRow
@@ -188,6 +190,62 @@ def test_rejects_are_tried_again_when_asked(images, tmp_path, artifact):
     assert (result.manifest.accounting.embedded, result.manifest.accounting.reused) == (rejected, 15 - rejected)
 
 
+def test_one_bad_image_among_few_new_ones_fails_nothing(images, tmp_path, artifact):
+    store = tmp_path / "store"
+    embed_folder(images, store, artifact)
+    (images / "city" / "late.jpg").write_bytes(b"")
+    result = embed_folder(images, store, artifact)
+    assert (result.manifest.accounting.rejected, result.manifest.accounting.reused) == ({"empty": 1}, 15)
+    assert not embed_folder(images, store, artifact).changed
+
+
+class Locked(DiskStorage):
+    """A disk where some files may not be read, whoever asks."""
+
+    def __init__(self, locked: set[str]) -> None:
+        self.locked = locked
+
+    def read(self, uri: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:
+        if uri in self.locked:
+            raise AccessDenied(f"{uri}: permission denied")
+        return super().read(uri, start, length, etag)
+
+
+@pytest.fixture
+def locked(monkeypatch) -> set[str]:
+    uris: set[str] = set()
+    disk = Locked(uris)
+    monkeypatch.setattr(storage, "of", lambda _uri: disk)
+    return uris
+
+
+def test_what_could_not_be_read_is_tried_again_by_the_next_run(images, tmp_path, artifact, locked):
+    store = tmp_path / "store"
+    locked |= {str(path) for path in (images / "fish").iterdir()}
+    first = embed_folder(images, store, artifact)
+    assert (first.manifest.accounting.embedded, first.manifest.accounting.rejected) == (10, {"unreadable": 5})
+    assert embed_folder(images, store, artifact).manifest == first.manifest  # still locked: nothing new to say
+    locked.clear()
+    result = embed_folder(images, store, artifact)
+    assert (result.manifest.accounting.embedded, result.manifest.accounting.reused) == (5, 10)
+    assert not list(check_run(str(store), result.manifest))
+    assert not embed_folder(images, store, artifact).changed
+
+
+@pytest.mark.parametrize("unit_size", [2, 512])
+def test_a_store_that_gives_nothing_fails_the_run_and_the_next_one_recovers(
+    unit_size, images, tmp_path, artifact, locked
+):
+    store = tmp_path / "store"
+    locked |= {str(path) for path in images.glob("*/*")}
+    with pytest.raises((RunFailed, StorageError), match="15 of 15 images"):  # by the ratio, or as an outage
+        embed_folder(images, store, artifact, unit_size=unit_size)
+    locked.clear()
+    result = embed_folder(images, store, artifact, unit_size=unit_size)
+    assert (result.manifest.live, result.manifest.accounting.embedded) == (15, 15)
+    assert not list(check_run(str(store), result.manifest))
+
+
 def test_no_image_is_one_clear_sentence_and_nothing_written(tmp_path, artifact):
     (tmp_path / "images").mkdir()
     with pytest.raises(UsageError, match=r"no images under .*images; give a folder"):
@@ -222,8 +280,6 @@ def test_another_embedder_embeds_everything_anew_in_the_same_store(images, tmp_p
 
 
 def test_a_bucket_is_embedded_like_a_folder(images, gcs_server, tmp_path, artifact):
-    from serving import storage
-
     for path in images.rglob("*.*"):
         storage.create(f"{gcs_server}/photos/{path.relative_to(images)}", path.read_bytes())
     remote = embed_folder(f"{gcs_server}/photos", f"{gcs_server}/store", artifact)

@@ -17,15 +17,24 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from serving import storage
-from serving.errors import AccessDenied, Changed, NotFound, StorageError
+from serving.errors import AccessDenied, Changed, NotFound, StorageError, TimedOut
 from serving.images import Limits, load
 from transforms import embedding
 from transforms.catalog import part_uri
-from transforms.embedding import EmbedSettings, EmbedUnit, EmbedUnits, Outcome, embed_image, part_table, read_image
+from transforms.embedding import (
+    EmbedSettings,
+    EmbedUnit,
+    EmbedUnits,
+    Outcome,
+    check_store,
+    embed_image,
+    part_table,
+    read_image,
+)
 from transforms.metrics import counters
 from transforms.planning import Planner
 from transforms.progress import tally
-from transforms.schema import EMBEDDED, REJECTED, ImageRef, part_schema, to_parquet
+from transforms.schema import EMBEDDED, REJECTED, UNREAD, ImageRef, part_schema, to_parquet
 
 DIM = 6
 LIMITS = Limits()
@@ -131,7 +140,7 @@ def test_an_image_listed_without_etag_is_read_as_it_is(picture):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (TimeoutError("no answer for 30 s"), "timeout"),
+        (TimedOut("no answer for 30 s"), "timeout"),
         (StorageError("the store is busy"), "unreadable"),
         (NotFound("it does not exist"), "unreadable"),
         (Changed("it has changed"), "unreadable"),
@@ -143,6 +152,17 @@ def test_what_a_store_says_becomes_a_reason(monkeypatch, error, reason):
     outcome = embed_image(ImageRef("gs://b/a.jpg", "e", 1, 0, None), FakeEmbedder(), LIMITS)
     assert outcome.reason == reason
     assert str(error) in outcome.message
+    # What is gone or replaced has no etag next time, or another; the rest may pass, and is tried again.
+    assert outcome.status == (REJECTED if isinstance(error, NotFound | Changed) else UNREAD)
+
+
+def test_an_outage_is_not_taken_for_many_bad_images():
+    unread = [Outcome(reason="unreadable", message="permission denied", unread=True)] * 10
+    good = [Outcome(vector=np.ones(3, np.float32))]
+    check_store(unread[:9])  # too few to tell
+    check_store(unread + good * 10)  # half of them
+    with pytest.raises(StorageError, match=r"10 of 19 images of a unit could not be read, such as: permission denied"):
+        check_store(unread + good * 9)
 
 
 def test_a_fault_of_the_program_is_not_taken_for_one_of_the_picture(monkeypatch):

@@ -50,7 +50,8 @@ def in_order(side):
 
 
 def plan_of(folder, listed, known=(), unit_size=64, recipe=None, retry=None) -> Plan:
-    return Planner(str(folder), recipe or RECIPE, unit_size, retry).plan(listed, known)
+    planner = Planner(str(folder), recipe or RECIPE, unit_size, attempt=retry or "", retry_rejects=bool(retry))
+    return planner.plan(listed, known)
 
 
 def planned(folder, plan):
