@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from serving import storage
-from serving.errors import ChecksumMismatch, FormatError, NotFound, UnsupportedVersion
+from serving.errors import ChecksumMismatch, FormatError, NotFound, UnsupportedVersion, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,14 +208,25 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+_POINTED = {"version": "an index", "run": "an embedding store"}
+"""Whose pointer has which key."""
+
+
 def read_current(root: str, key: str) -> tuple[str, str] | None:
-    """Read `root`/CURRENT: the name it points to under `key`, and the token for moving it; None when there is none."""
+    """Read `root`/CURRENT: the name it points to under `key`, and the token for moving it; None when there is none.
+
+    `UsageError` when `root` is a store where an index was asked for, or the reverse.
+    """
     uri = storage.join(root, "CURRENT")
     found = storage.of(uri).read_pointer(uri)
     if found is None:
         return None
     try:
-        return _checked(str, json.loads(found[0])[key]), found[1]
+        body = _checked(dict, json.loads(found[0]))
+        other = "run" if key == "version" else "version"
+        if key not in body and other in body:
+            raise UsageError(f"{root} is {_POINTED[other]}, not {_POINTED[key]}; name {_POINTED[key]}")
+        return _checked(str, body[key]), found[1]
     except (ValueError, KeyError, TypeError):
         raise FormatError(f"{uri} is damaged: it should be JSON with the key {key!r}") from None
 

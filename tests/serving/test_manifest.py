@@ -16,7 +16,7 @@ import pytest
 from signed import edit, sign
 
 from serving import storage
-from serving.errors import ChecksumMismatch, Conflict, FormatError, NotFound, UnsupportedVersion
+from serving.errors import ChecksumMismatch, Conflict, FormatError, NotFound, UnsupportedVersion, UsageError
 from serving.manifest import (
     Accounting,
     Document,
@@ -280,6 +280,19 @@ def test_a_damaged_pointer_is_refused(tmp_path, content):
     (tmp_path / "CURRENT").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(FormatError, match=f"{tmp_path}/CURRENT is damaged: it should be JSON with the key 'version'"):
         read_current(str(tmp_path), "version")
+
+
+@pytest.mark.parametrize(
+    ("load", "key", "sentence"),
+    [
+        (load_index_manifest, "run", "is an embedding store, not an index; name an index"),
+        (load_run_manifest, "version", "is an index, not an embedding store; name an embedding store"),
+    ],
+)
+def test_a_store_and_an_index_are_not_taken_for_each_other(tmp_path, load, key, sentence):
+    move_current(str(tmp_path), key, "one", None)
+    with pytest.raises(UsageError, match=f"^{tmp_path} {sentence}$"):
+        load(str(tmp_path))
 
 
 @pytest.mark.parametrize(
