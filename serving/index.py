@@ -1,8 +1,9 @@
 """Open a published index and ask it."""
 
+import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import faiss
@@ -51,7 +52,9 @@ class Index:
         self._refine = refine
         self._faiss, self._parts = _assemble(self._quantizer, lists, refine)
         # FAISS only reads them, so threads share them; making them anew takes longer than some searches.
-        self._params: dict[tuple[int, SearchSettings], Any] = {}
+        self._params = _params_cache(
+            nlist=self._nlist, rows=len(self._records), reranks=bool(self._quantizer.refine_size)
+        )
         self._embedder: Any = None
 
     @classmethod
@@ -160,18 +163,8 @@ class Index:
     def _search(
         self, queries: npt.NDArray[np.float32], k: int, settings: SearchSettings
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        params = self._params.get((k, settings))
-        if params is None:
-            params = self._params[k, settings] = self._make_params(k, settings)
-        scores, found = self._faiss.search(queries, k, params=params)
+        scores, found = self._faiss.search(queries, k, params=self._params(k, settings))
         return scores, found
-
-    def _make_params(self, k: int, settings: SearchSettings) -> Any:
-        params: Any = faiss.SearchParametersIVF(nprobe=min(settings.nprobe, self._nlist))
-        if self._quantizer.refine_size:
-            candidates = min(max(settings.rerank, 2 * k), max(len(self), k))
-            params = faiss.IndexRefineSearchParameters(k_factor=candidates / k, base_index_params=params)
-        return faiss.SearchParametersPreTransform(index_params=params)
 
     def _hits(self, scores: list[float], found: list[int]) -> list[Hit]:
         look_up, rows = self._records.uri_and_label, self._rows
@@ -180,6 +173,20 @@ class Index:
             for score, local in zip(scores, found, strict=True)
             if local >= 0
         ]
+
+
+def _params_cache(nlist: int, rows: int, reranks: bool) -> Callable[[int, SearchSettings], Any]:
+    """Return a function that makes FAISS's parameters of a search, and keeps the last few it made."""
+
+    @functools.lru_cache(maxsize=64)  # per index, and without a reference to it, which would keep it from going
+    def make(k: int, settings: SearchSettings) -> Any:
+        params: Any = faiss.SearchParametersIVF(nprobe=min(settings.nprobe, nlist))
+        if reranks:
+            candidates = min(max(settings.rerank, 2 * k), max(rows, k))
+            params = faiss.IndexRefineSearchParameters(k_factor=candidates / k, base_index_params=params)
+        return faiss.SearchParametersPreTransform(index_params=params)
+
+    return make
 
 
 def _choose(info: IndexManifest, shards: Sequence[int] | None) -> list[Shard]:

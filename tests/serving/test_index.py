@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pictures
 import pytest
@@ -413,6 +414,18 @@ def test_a_new_version_with_another_quantizer_is_opened_by_the_next(copied):
 
 
 # --- What an index holds on to --------------------------------------------------------------------------------------
+
+
+def test_an_index_asked_in_many_ways_keeps_the_last_of_them(built):
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(thing, faiss.SearchParametersIVF) for thing in gc.get_objects())
+
+    index, before = Index.open(built.index), alive()
+    for k in range(1, 101):
+        for _ in range(2):
+            assert len(index.search(built.vectors[0], k, nprobe=k)[0]) == k
+    assert alive() - before <= 64
 
 
 def test_an_index_outlives_what_it_was_made_from(built):
