@@ -5,8 +5,10 @@ lookalike search --index index/ --image *.jpg --html neighbours.html
 """
 
 import json
+import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,14 +46,34 @@ def main(argv: Sequence[str]) -> int:
     options, _ = parse(Options, argv, "search", __doc__ or "")
     if options.k < 1:
         raise UsageError(f"-k is {options.k}; ask for at least one neighbour")
+    if options.html is not None and storage.scheme_of(options.html) != "file":
+        raise UsageError(f"--html is {options.html}; a contact sheet is written to a path on this machine")
     index = Index.open(options.index, version=options.version)
     answers = [ask(index, storage.normalize(image), options.k) for image in options.image]
-    if options.html is not None:
-        Path(options.html).write_text(sheet(index, answers), encoding="utf-8")
     print(as_json(answers) if options.json else as_text(answers))
     if index.info.embedder.untrained:
         print("lookalike search: this index's weights are untrained (random)", file=sys.stderr)
+    if options.html is not None:
+        write_report(options.html, sheet(index, answers))
     return 1 if any(answer.error for answer in answers) else 0
+
+
+def write_report(where: str, text: str) -> None:
+    """Write a file whole, in the place of an older one."""
+    path = Path(storage.normalize(where))
+    temporary = path.with_name(f".lookalike.{secrets.token_hex(6)}.tmp")
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_text(text, encoding="utf-8")  # through a link, or to a device: nothing to put in its place
+            return
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+    except OSError as error:
+        raise StorageError(f"--html {path} cannot be written: {error.strerror or error}") from None
 
 
 def ask(index: Index, uri: str, k: int) -> Answer:

@@ -15,6 +15,42 @@ from jobs import cli
 PROGRAM = [sys.executable, "-m", "jobs.cli"]
 
 
+@pytest.fixture(scope="module")
+def index(drawn: Path, artifact: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Embed and index some of the drawn pictures."""
+    root = tmp_path_factory.mktemp("built")
+    images = str(drawn / "maze")
+    assert cli.main(["embed", "--images", images, "--store", str(root / "store"), "--embedder", artifact]) == 0
+    assert cli.main(["index", "--store", str(root / "store"), "--index", str(root / "index")]) == 0
+    return str(root / "index")
+
+
+@pytest.mark.parametrize("where", ["nowhere/sheet.html", ".", "x" * 300])
+def test_a_sheet_that_cannot_be_written_loses_no_answer(where, drawn, index, tmp_path, capsys):
+    image = str(next((drawn / "maze").iterdir()))
+    assert cli.main(["search", "--index", index, "--image", image, "--html", str(tmp_path / where)]) == 1
+    captured = capsys.readouterr()
+    assert f"    1  1.0000  {image}" in captured.out
+    assert captured.err.splitlines()[-1].startswith(f"lookalike search: --html {tmp_path / where} cannot be written: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sheet_takes_the_place_of_an_older_one_also_at_home(drawn, index, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sheet.html").write_text("old")
+    (tmp_path / "link.html").symlink_to(tmp_path / "linked.html")
+    image = str(next((drawn / "maze").iterdir()))
+    for name in ("sheet.html", "link.html"):
+        assert cli.main(["search", "--index", index, "--image", image, "--html", f"~/{name}"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"sheet.html", "link.html", "linked.html"}
+    assert all(path.read_text().startswith("<!doctype html>") for path in tmp_path.iterdir())
+
+
+def test_a_sheet_is_written_to_this_machine_only(capsys):
+    assert cli.main(["search", "--index", "i", "--image", "x.jpg", "--html", "gs://b/sheet.html"]) == 2
+    assert "--html is gs://b/sheet.html; a contact sheet is written to a path" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["verify", "/nowhere"]])
 def test_output_that_nobody_reads_ends_a_job_quietly(arguments):
     reading, writing = os.pipe()
