@@ -41,7 +41,7 @@ from transforms.measuring import make_probe, measure, tune
 from transforms.merging import MergeSettings, MergeShards, ShardDocument, shard_document
 from transforms.sampling import live_rows, sample
 from transforms.schema import BUCKETS
-from transforms.training import SALT, Design, design, train
+from transforms.training import SALT, Design, design, stamp, train
 
 _ROWS_PER_SHARD = 250_000
 
@@ -85,6 +85,7 @@ def train_quantizer(request: IndexRequest, run: RunManifest) -> TrainedDocument:
     shape = design(run.live, run.dim, request.dim, request.nlist)
     live = live_rows(request.store, run, ("uri", "part", "row", "uri_hash"))
     data = train(shape, run.dim, sample(live, shape.sample, SALT).vectors())
+    data = stamp(data, run.embedder.fingerprint)
     trained = TrainedDocument(
         quantizer=Quantizer(data).id,
         embedder=run.embedder.fingerprint,

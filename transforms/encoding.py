@@ -17,6 +17,7 @@ from transforms.sampling import embeddings
 from transforms.schema import EMBEDDED, open_parquet, partial_schema, to_parquet, uri_hash
 
 TRAINED = "trained.faiss"
+ENCODED_BY = "lookalike.quantizer"
 _ROW_GROUP = 8192
 
 
@@ -67,6 +68,11 @@ def encode_part(uri: str, quantizer: Quantizer) -> pa.Table:
     return pa.concat_tables([schema.empty_table(), *tables]).sort_by([("uri_hash", "ascending"), ("row", "ascending")])
 
 
+def partial_bytes(table: pa.Table, quantizer: str) -> bytes:
+    """Serialize a partial; its metadata name the quantizer that its codes are of."""
+    return to_parquet(table, row_group=_ROW_GROUP, metadata={ENCODED_BY: quantizer})
+
+
 def _encode_group(table: pa.Table, first: int, quantizer: Quantizer, uri: str) -> pa.Table:
     rows = np.flatnonzero(pc.equal(table["status"], EMBEDDED).to_numpy())
     table = table.take(pa.array(rows))
@@ -102,7 +108,7 @@ class EncodePart(beam.DoFn):
         target = partial_uri(settings.index, settings.quantizer, part)
         if not storage.exists(target):
             table = encode_part(storage.join(settings.store, part), self._quantizer)
-            storage.create(target, to_parquet(table, row_group=_ROW_GROUP))
+            storage.create(target, partial_bytes(table, settings.quantizer))
             self._metrics.count("vectors", len(table))
             yield part, len(table)
         self._heartbeat.add(1)

@@ -15,7 +15,7 @@ from serving import records, storage
 from serving.errors import FormatError
 from serving.manifest import Document, FileEntry, Shard
 from serving.quantizer import Quantizer
-from transforms.encoding import load_quantizer, partial_uri
+from transforms.encoding import ENCODED_BY, load_quantizer, partial_uri
 from transforms.metrics import StageMetrics
 from transforms.progress import Heartbeat
 from transforms.schema import EMBEDDED, hash_range, open_parquet, shard_buckets
@@ -86,7 +86,7 @@ def gather_codes(
     for number, part in enumerate(parts.dictionary.to_pylist()):
         places = order[bounds[number] : bounds[number + 1]]
         uri = partial_uri(settings.index, settings.quantizer, f"{part}.parquet")
-        partial = _read_range(uri, low, high)
+        partial = _read_range(uri, quantizer.id, low, high)
         found = _positions(partial["row"].to_numpy(), rows[places], uri)
         codes[places] = _fixed(partial["code"], quantizer.code_size)[found]
         if quantizer.refine_size:
@@ -102,9 +102,15 @@ def _positions(have: npt.NDArray[Any], want: npt.NDArray[Any], uri: str) -> npt.
     return order[found]
 
 
-def _read_range(uri: str, low: int, high: int) -> pa.Table:
+def _read_range(uri: str, quantizer: str, low: int, high: int) -> pa.Table:
     """Read the row groups of a partial (sorted by uri hash) that reach into [low, high]."""
     with open_parquet(uri) as file:
+        told = (file.schema_arrow.metadata or {}).get(ENCODED_BY.encode(), quantizer.encode())  # early ones do not tell
+        if told != quantizer.encode():
+            raise FormatError(
+                f"{uri} holds codes of the quantizer {told.decode(errors='replace')}, not {quantizer}; "
+                "delete it and build again"
+            )
         wanted = []
         for group in range(file.num_row_groups):
             statistics = file.metadata.row_group(group).column(0).statistics

@@ -35,19 +35,19 @@ class Design:
     sample: int
     """Vectors to train on."""
 
-    def __post_init__(self) -> None:
-        if self.kind == "ivf-pq" and self.dim % SUBVECTOR:
-            raise UsageError(f"--dim {self.dim} is odd; codes stand for {SUBVECTOR} dimensions each, take an even one")
-
 
 def design(rows: int, raw_dim: int, dim: int = 128, nlist: int | None = None) -> Design:
     """Choose an index for `rows` vectors of `raw_dim` dimensions, reduced to `dim`."""
     if dim < SUBVECTOR:
         raise UsageError(f"--dim is {dim}; take at least {SUBVECTOR}")
+    if dim % SUBVECTOR:
+        raise UsageError(f"--dim {dim} is odd; codes stand for {SUBVECTOR} dimensions each, take an even one")
+    if nlist is not None and nlist < 1:
+        raise UsageError(f"--nlist is {nlist}; take at least 1")
     if rows < SMALLEST:
         return Design("exact", raw_dim, 1, 4 * raw_dim, 0)
     lists = _lists_for(rows) if nlist is None else nlist
-    if not 1 <= lists <= rows // POINTS_PER_CENTROID:
+    if lists > rows // POINTS_PER_CENTROID:
         raise UsageError(f"--nlist is {lists}; {rows} vectors can train 1 to {rows // POINTS_PER_CENTROID} lists")
     dim = min(dim, min(raw_dim, rows) // SUBVECTOR * SUBVECTOR)
     needed = max(SMALLEST, dim, POINTS_PER_CENTROID * lists)  # by the codebooks, the transform, the lists
@@ -61,6 +61,14 @@ def train(shape: Design, raw_dim: int, vectors: npt.NDArray[np.float32]) -> byte
     The same vectors in the same order give the same bytes on one type of CPU, whatever the number of threads.
     """
     return _exact(raw_dim) if shape.kind == "exact" else _ivf_pq(shape, raw_dim, vectors)
+
+
+def stamp(quantizer: bytes, embedder: str) -> bytes:
+    """Append an embedder's fingerprint, where FAISS no longer reads.
+
+    Exact quantizers of equally long vectors are all alike; with the stamp each embedder's has its own id.
+    """
+    return quantizer + f"embedder {embedder}\n".encode()
 
 
 def _lists_for(rows: int) -> int:

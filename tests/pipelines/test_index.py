@@ -12,6 +12,7 @@ from pipelines.runner import Runner
 from serving import Index
 from serving.errors import ChecksumMismatch, Conflict, EmbedderMismatch, NotFound, UsageError
 from serving.manifest import IndexManifest, load_run_manifest
+from transforms.verifying import check_version
 
 
 def checksums(manifest: IndexManifest) -> list[str]:
@@ -123,6 +124,21 @@ def test_a_quantizer_of_another_embedder_is_refused(tmp_path):
     request = IndexRequest(str(other), str(tmp_path / "index"), dim=32)
     with pytest.raises(EmbedderMismatch, match="was trained on vectors of the embedder"):
         build_version(request, load_run_manifest(str(other)), load_trained(request.index, manifest.quantizer), Runner())
+
+
+def test_embedders_whose_vectors_are_equally_long_share_no_quantizer(tmp_path):
+    """Nothing is trained for few vectors, so that nothing but the stamp tells these quantizers apart."""
+    manifests = []
+    for weights in ("untrained:seed=0", "untrained:seed=1"):
+        store = tmp_path / weights.removeprefix("untrained:")
+        stores.write_store(store, stores.clustered(50), embedder=stores.spec(64, weights))
+        request = IndexRequest(str(store), str(tmp_path / "index"))
+        source = load_run_manifest(request.store)
+        trained = load_trained(request.index, train_quantizer(request, source).quantizer)
+        assert trained.embedder == source.embedder.fingerprint
+        manifests.append(build_version(request, source, trained, Runner()))
+        assert list(check_version(request.index, manifests[-1])) == []
+    assert len({manifest.quantizer for manifest in manifests}) == 2
 
 
 def test_an_unknown_quantizer_is_one_clear_sentence(tmp_path):

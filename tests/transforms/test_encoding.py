@@ -10,7 +10,15 @@ from serving.errors import ChecksumMismatch, FormatError, NotFound
 from serving.quantizer import BATCH
 from transforms import encoding
 from transforms.embedding import Outcome, part_table
-from transforms.encoding import EncodePart, EncodeSettings, encode_part, load_quantizer, partial_uri, quantizer_folder
+from transforms.encoding import (
+    ENCODED_BY,
+    EncodePart,
+    EncodeSettings,
+    encode_part,
+    load_quantizer,
+    partial_uri,
+    quantizer_folder,
+)
 from transforms.progress import tally
 from transforms.schema import ImageRef, part_schema, partial_schema, to_parquet, uri_hash
 
@@ -189,6 +197,7 @@ def test_a_worker_encodes_what_is_not_encoded_yet(made, built, quantizer, tmp_pa
     assert tally(tmp_path / "hearts") == (1 + len(names), 0)
     for name in names:
         kept = pq.read_table(partial_uri(index, quantizer.id, name))
+        assert kept.schema.metadata[ENCODED_BY.encode()] == quantizer.id.encode()
         assert kept.equals(encode_part(f"{made.root}/{name}", quantizer))
         # The indexes were built by the same steps through Beam.
         assert kept.equals(pq.read_table(partial_uri(str(built), quantizer.id, name)))

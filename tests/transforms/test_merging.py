@@ -10,7 +10,7 @@ from serving.errors import FormatError, NotFound
 from serving.manifest import FileEntry
 from transforms import catalog, encoding
 from transforms.catalog import catalog_files
-from transforms.encoding import encode_part, partial_uri, quantizer_folder
+from transforms.encoding import encode_part, partial_bytes, partial_uri, quantizer_folder
 from transforms.merging import (
     MergeSettings,
     MergeShard,
@@ -30,7 +30,7 @@ def encode_all(store, run, index, quantizer):
     for part in run.parts:
         table = encode_part(f"{store}/{part.name}", quantizer)
         target = partial_uri(str(index), quantizer.id, part.name)
-        storage.create(target, to_parquet(table, row_group=encoding._ROW_GROUP))
+        storage.create(target, partial_bytes(table, quantizer.id))
 
 
 def merge_all(store, run, index, quantizer, shards, version="v"):
@@ -280,6 +280,23 @@ def test_a_partial_that_lacks_rows_is_refused_by_name(tmp_path, made, quantizer,
     rewrite(path, change)
     with pytest.raises(FormatError, match=f"{path.name} lacks rows that the catalog names; delete it and build again"):
         merge_all(made.root, made.run, tmp_path, quantizer, 2)
+
+
+def test_a_partial_of_another_quantizer_is_refused_by_name(tmp_path, made, quantizer):
+    other = "0123456789abcdef"
+    encode_all(made.root, made.run, tmp_path, quantizer)
+    path = sorted((tmp_path / "encoded" / quantizer.id).iterdir())[1]
+    path.write_bytes(partial_bytes(pq.read_table(path).replace_schema_metadata(None), other))
+    with pytest.raises(FormatError, match=f"{path.name} holds codes of the quantizer {other}, not {quantizer.id}"):
+        merge_all(made.root, made.run, tmp_path, quantizer, 2)
+
+
+def test_a_partial_that_does_not_tell_its_quantizer_is_taken_for_an_early_one(tmp_path, made, quantizer):
+    encode_all(made.root, made.run, tmp_path, quantizer)
+    for path in (tmp_path / "encoded" / quantizer.id).iterdir():
+        rewrite(path, lambda table: table.replace_schema_metadata(None))
+    _, (shard,) = merge_all(made.root, made.run, tmp_path, quantizer, 1)
+    assert shard.rows == len(made.vectors)
 
 
 def test_a_missing_partial_is_named(tmp_path, made, quantizer):

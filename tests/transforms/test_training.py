@@ -101,14 +101,20 @@ def test_no_more_dimensions_than_there_are_vectors_or_than_these_have(rows, raw_
         ({"dim": 0}, r"--dim is 0; take at least 2"),
         ({"dim": -4}, r"--dim is -4; take at least 2"),
         ({"dim": 33}, r"--dim 33 is odd; codes stand for 2 dimensions each, take an even one"),
-        ({"nlist": 0}, r"--nlist is 0; 1000 vectors can train 1 to 25 lists"),
-        ({"nlist": -1}, r"--nlist is -1; 1000 vectors"),
+        ({"nlist": 0}, r"--nlist is 0; take at least 1"),
+        ({"nlist": -1}, r"--nlist is -1; take at least 1"),
         ({"nlist": 26}, r"--nlist is 26; 1000 vectors can train 1 to 25 lists"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_a_sentence(options, said):
     with pytest.raises(UsageError, match=said):
         design(1000, 48, **options)
+
+
+@pytest.mark.parametrize("options", [{"dim": 1}, {"dim": 33}, {"nlist": 0}, {"nlist": -5}])
+def test_wrong_values_are_refused_for_small_collections_too(options):
+    with pytest.raises(UsageError, match=r"--(dim|nlist)"):
+        design(50, 48, **options)
 
 
 def test_as_many_lists_as_can_be_trained_are_accepted():
