@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from pipelines.runner import Runner
 from serving.index import Hit, Index
 from serving.manifest import SearchSettings
 from transforms import measuring
-from transforms.measuring import QUERIES, SALT, Probe, ask, make_probe, measure, recall, tune
+from transforms.measuring import _LATENCY_QUERIES, QUERIES, SALT, Probe, ask, make_probe, measure, recall, tune
 from transforms.sampling import live_rows, sample
 
 COLUMNS = ("uri", "label", "part", "row", "uri_hash")
@@ -262,6 +263,19 @@ def test_what_is_measured(index, probe, made, built):
     assert measured["precision_at_1"] == round(sum(right) / 200, 4)
     assert measured["bytes_per_vector"] == round((stored - documents) / len(made.vectors), 1)
     assert 0 < measured["p50_us"] <= measured["p99_us"]
+
+
+@pytest.mark.parametrize("noisy", [0, 1, 2])
+def test_one_noisy_moment_is_not_promised(index, probe, monkeypatch, noisy):
+    def clock():
+        for query in itertools.count():
+            yield query
+            yield query + (5e-3 if query // _LATENCY_QUERIES == noisy else (40 + query % 2) * 1e-6)
+
+    ticks = clock()
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(ticks))
+    measured = measure(index, probe, SearchSettings(4, 40))
+    assert (measured["p50_us"], measured["p99_us"]) == (40.5, 41.0)
 
 
 def test_precision_is_told_of_labelled_rows_only(index, probe):
