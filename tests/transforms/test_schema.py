@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from serving.errors import FormatError, NotFound
+from serving.errors import FormatError, NotFound, TimedOut
 from transforms import schema
 from transforms.schema import (
     BUCKETS,
@@ -157,7 +157,7 @@ def test_a_file_cut_short_is_refused(tmp_path):
 
 
 def test_damage_ends_in_a_format_error_and_nothing_else(tmp_path):
-    """A flipped byte may go unseen here (checksums are for that), but never raises what callers do not expect."""
+    """Pages have checksums; a flipped byte elsewhere may go unseen, but never raises what callers do not expect."""
     table = to_table(_refs(50), UNIT)
     data = to_parquet(table, row_group=20)
     refused = 0
@@ -172,10 +172,23 @@ def test_damage_ends_in_a_format_error_and_nothing_else(tmp_path):
     assert refused > len(data) / 7 / 2
 
 
+def test_a_flipped_bit_in_a_page_is_found(tmp_path):
+    rows = [CatalogRow(f"/{n}", "e", None, "p", n, "embedded", None, n * 2**50) for n in range(50)]
+    data = to_parquet(to_table(rows, CATALOG), row_group=50)
+    (tmp_path / "c.parquet").write_bytes(data)
+    column = pq.ParquetFile(tmp_path / "c.parquet").metadata.row_group(0).column(CATALOG.names.index("row"))
+    start = column.dictionary_page_offset or column.data_page_offset
+    damaged = bytearray(data)
+    damaged[start + column.total_compressed_size - 1] ^= 1
+    (tmp_path / "c.parquet").write_bytes(damaged)
+    with pytest.raises(FormatError, match=r"c\.parquet cannot be read as Parquet.*(checksum|CRC)"):
+        read_parquet(str(tmp_path / "c.parquet"))
+
+
 def test_a_store_that_does_not_answer_is_not_called_damaged(monkeypatch):
     def late(_uri):
-        raise TimeoutError("no answer in time")
+        raise TimedOut("no answer in time")
 
     monkeypatch.setattr(schema.storage, "open_binary", late)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimedOut):
         read_parquet("gs://bucket/a.parquet")
