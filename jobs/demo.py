@@ -27,7 +27,10 @@ from pipelines.runner import Runner
 from serving import Index, storage
 from serving.errors import ImageRejected, UsageError
 from serving.manifest import IndexManifest
+from transforms.listing import Listing
 from transforms.sampling import live_rows, sample
+
+PAGE = "neighbours.html"
 
 _ANSWER_WITHIN = 5.0  # seconds for the server of ImageNet weights
 _PER_LABEL = 1
@@ -52,16 +55,20 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Run the demo."""
     options, beam_arguments = parse(Options, argv, "demo", __doc__ or "", beam=True)
-    out = Path(options.out).absolute()
+    out = Path(storage.normalize(options.out))
     runner = Runner(beam_arguments, console.Bar())
-    store, index_root = _fresh(out / "store"), _fresh(out / "index")
-    images = tuple(storage.normalize(uri) for uri in options.images) or (_draw(out / "images", options.count),)
+    images = tuple(storage.normalize(uri) for uri in options.images)
+    if images:
+        embed.require_images(Listing(images))
+    _make_room(out)
+    store, index_root = str(out / "store"), str(out / "index")
+    images = images or (_draw(out / f"drawings-{options.count}", options.count),)
     embedder = _embedder(store, options)
     started = time.monotonic()
     result = embed.run(EmbedRequest(images, store, embedder), runner)
     embedding = time.monotonic() - started
     manifest, _ = index.run(IndexRequest(store, index_root, shards=options.shards), runner)
-    page = out / "neighbours.html"
+    page = out / PAGE
     page.write_text(_contact_sheet(index_root, store, result), encoding="utf-8")
     print(_summary(result, manifest, embedding, time.monotonic() - started))
     print(f"\nneighbours  {page}")
@@ -69,13 +76,17 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _fresh(folder: Path) -> str:
-    """Remove what an earlier demo left, and only that."""
-    if folder.exists():
-        if any(folder.iterdir()) and not (folder / "CURRENT").exists() and not (folder / "embedders").exists():
-            raise UsageError(f"{folder} exists and is no demo's; name another place with --out")
-        shutil.rmtree(folder)
-    return str(folder)
+def _make_room(out: Path) -> None:
+    """Remove what an earlier demo left here; what is not marked as a demo's is never touched."""
+    marker, ours = out / ".lookalike-demo", [out / "store", out / "index", out / PAGE]
+    if not marker.exists():
+        taken = [str(path) for path in ours if path.exists()]
+        if taken:
+            raise UsageError(f"{taken[0]} exists and is no demo's; name another place with --out")
+        out.mkdir(parents=True, exist_ok=True)
+        marker.write_text("made by `lookalike demo`, which replaces store, index and page here\n")
+    for folder in ours[:2]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _draw(folder: Path, count: int) -> str:

@@ -74,7 +74,7 @@ def run(request: EmbedRequest, runner: Runner) -> EmbedResult:
         return EmbedResult(parent, False, listing.skipped, {})
     if not plan.listed:
         discard(folder, plan)
-        raise UsageError(_nothing_found(listing))
+        require_images(listing)
     counted = _embed(request, embedder, plan, run_id, runner)
     outcomes = count_outcomes(request.store, embedder.fingerprint, plan)
     _check_rejects(request, plan, outcomes)
@@ -108,14 +108,19 @@ def _plan(
     return planner.plan(listing, known)
 
 
-def _nothing_found(listing: Listing) -> str:
+def require_images(listing: Listing) -> None:
+    """Raise `UsageError` unless at least one image is listed."""
+    if next(iter(listing), None) is not None:
+        return
     where = ", ".join(listing.inputs)
     if listing.skipped:
-        return (
+        raise UsageError(
             f"no images under {where}: {listing.skipped} files there have no image's ending; list them all the same "
             "with --all-files"
         )
-    return f"no images under {where}; give a folder, a glob, gs://bucket/prefix or a manifest that holds some"
+    raise UsageError(
+        f"no images under {where}; give a folder, a glob, gs://bucket/prefix or a manifest that holds some"
+    )
 
 
 def _embed(

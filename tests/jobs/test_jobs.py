@@ -195,12 +195,20 @@ def test_demo_on_a_folder_and_on_its_own_drawings(drawn, tmp_path, capsys):
     assert "1 empty" in printed
 
 
-def test_demo_keeps_its_hands_off_other_folders(tmp_path, capsys):
-    (tmp_path / "out" / "store").mkdir(parents=True)
-    (tmp_path / "out" / "store" / "thesis.txt").write_text("do not lose")
-    assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 2
-    assert "exists and is no demo's" in capsys.readouterr().err
-    assert (tmp_path / "out" / "store" / "thesis.txt").exists()
+def test_demo_keeps_its_hands_off_what_is_not_its_own(built, tmp_path, capsys):
+    shutil.copytree(built / "store", tmp_path / "store")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["demo", "--out", str(tmp_path), "--images", str(built / "images")]) == 2
+    assert "store exists and is no demo's; name another place with --out" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_demo_looks_before_it_removes(tmp_path, capsys):
+    (tmp_path / "store").mkdir()
+    (tmp_path / ".lookalike-demo").touch()
+    assert cli.main(["demo", "--out", str(tmp_path), "--images", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(
