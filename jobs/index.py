@@ -16,6 +16,7 @@ from pipelines.index import IndexRequest, run
 from pipelines.runner import Runner
 from serving import storage
 from serving.manifest import IndexManifest
+from transforms.measuring import TARGET
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ def report(manifest: IndexManifest) -> str:
         ("lookup, p50", f"{measured['p50_us']:.0f} µs"),
     ]
     lines = [console.table(rows)]
+    if measured["recall_at_10"] < TARGET:
+        lines.append(f"recall@10 is below {TARGET}, the best that could be tuned; more dimensions (--dim) may raise it")
     if manifest.embedder.untrained:
         lines.append(UNTRAINED)
     return "\n".join(lines)
