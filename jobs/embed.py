@@ -40,7 +40,10 @@ class Options(EmbedderOptions):
 
     images: tuple[str, ...] = option("folders, globs, gs:// or s3:// prefixes, or manifests", metavar="URI")
     store: str = option("the embedding store: a folder, or a gs:// or s3:// prefix")
-    labels: str = option("`parent` (the name of an image's folder), `none`, or a manifest with uri and label", "parent")
+    labels: str = option(
+        "`parent` (the name of an image's folder below the one listed), `none`, or a manifest with uri and label",
+        "parent",
+    )
     all_files: bool = option("list files whose names are no image's, too", False)
     unit_size: int = option("images a work unit at most; more of them for collections of many millions", 512)
     threads: int = option("threads a worker; 0 shares this machine's cores among its workers", 0)

@@ -6,6 +6,7 @@ import heapq
 import io
 import itertools
 import json
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from serving import storage
-from serving.errors import NotFound, UsageError
+from serving.errors import NotFound, StorageError, UsageError
 from serving.storage import Entry
 from transforms.schema import ImageRef
 
@@ -33,9 +34,11 @@ _STATS_AHEAD = 1024
 class Listing:
     """Everything a run was pointed at, sorted by uri, each uri once. Iterate as often as needed.
 
-    `labels` is `parent` (the name of the image's folder below the one listed), `none`, or a manifest to look uris up
-    in. A manifest among the `inputs` brings its own labels. `skipped` counts the files that a folder listing passed
-    over because their names are no image's; `all_files` lists those too.
+    `labels` is `parent` (the name of the image's folder below the one listed; none for images directly in that one),
+    `none`, or a manifest to look uris up in. A manifest among the `inputs` brings its own labels. Of an image that
+    several inputs name, some label is kept: a manifest's before a folder's, whatever the order of the inputs.
+    `skipped` counts the files that a folder listing passed over because their names are no image's; `all_files` lists
+    those too.
     """
 
     def __init__(self, inputs: Sequence[str], labels: str = "parent", all_files: bool = False) -> None:
@@ -45,18 +48,18 @@ class Listing:
         self.skipped = 0
         self._all_files = all_files
         self._parent = labels == "parent"
-        self._labels = None if labels in ("parent", "none") else dict(read_manifest(storage.normalize(labels)))
+        self._labels = None if labels in ("parent", "none") else _labels_of(labels)
 
     def __iter__(self) -> Iterator[ImageRef]:
         self.skipped = 0
-        last = None
-        for ref in heapq.merge(*map(self._refs, self.inputs), key=lambda ref: ref.uri):
-            if ref.uri != last:
-                yield ref
-            last = ref.uri
+        manifests_first = sorted(self.inputs, key=lambda uri: (not _is_manifest_name(uri), uri))
+        merged = heapq.merge(*map(self._refs, manifests_first), key=_uri)
+        for _, same in itertools.groupby(merged, key=_uri):
+            refs = list(same)
+            yield next((ref for ref in refs if ref.label is not None), refs[0])
 
     def _refs(self, uri: str) -> Iterator[ImageRef]:
-        if uri.lower().endswith(MANIFESTS):
+        if _is_manifest_name(uri) and not _is_folder(uri):
             yield from _manifest_refs(uri)
             return
         root, pattern = split_glob(uri)
@@ -74,6 +77,26 @@ class Listing:
             return self._labels.get(uri)
         folders = _path_below(root, uri)[:-1]
         return folders[-1] if self._parent and folders else None
+
+
+_uri = operator.attrgetter("uri")
+
+
+def _is_manifest_name(uri: str) -> bool:
+    return uri.lower().endswith(MANIFESTS)
+
+
+def _is_folder(uri: str) -> bool:
+    if storage.scheme_of(uri) == "file":
+        return os.path.isdir(uri)
+    return not storage.exists(uri) and next(storage.list_entries(uri), None) is not None
+
+
+def _labels_of(labels: str) -> dict[str, str | None]:
+    if not _is_manifest_name(labels):
+        kinds = ", ".join(MANIFESTS)
+        raise UsageError(f"--labels is {labels}; it takes parent, none, or a manifest whose name ends in {kinds}")
+    return dict(read_manifest(storage.normalize(labels)))
 
 
 def is_image_name(uri: str) -> bool:
@@ -168,7 +191,7 @@ def _manifest_refs(uri: str) -> Iterator[ImageRef]:
 def _stat(uri: str) -> Entry:
     try:
         return storage.of(uri).stat(uri)
-    except NotFound:
+    except StorageError:
         return Entry(uri, 0, "", 0)  # listed all the same, and rejected when it cannot be read
 
 

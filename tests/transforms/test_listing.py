@@ -1,4 +1,5 @@
 import glob
+import itertools
 import json
 import os
 import random
@@ -9,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from serving import storage
-from serving.errors import NotFound, UsageError
+from serving.disk import DiskStorage
+from serving.errors import AccessDenied, NotFound, UsageError
 from serving.storage import Entry
 from transforms import listing
 from transforms.listing import Listing, is_image_name, matches, read_manifest, split_glob
@@ -152,8 +154,15 @@ def test_inputs_are_merged_in_order_and_a_uri_listed_twice_comes_once(tmp_path):
         f"{root}/a.jpg": None,
         f"{root}/a/b/y.jpg": "b",
         f"{root}/a/x.jpg": "a",
-        f"{root}/c/z.jpg": None,  # the first input that has it decides
+        f"{root}/c/z.jpg": "c",
     }
+
+
+def test_labels_do_not_depend_on_the_order_of_overlapping_inputs(tmp_path):
+    root = fill(tmp_path, ["a/x.jpg", "a/b/y.jpg", "a/b/z.jpg"])
+    manifest = write_manifest(root, "csv", [("a/b/y.jpg", "why"), ("a/b/z.jpg", None)])
+    for inputs in itertools.permutations([root, f"{root}/a", f"{root}/a/b", f"{root}/a/x.jpg", manifest]):
+        assert list(listed(*inputs).values()) == ["why", "b", "a"]
 
 
 def test_random_inputs_come_out_sorted_and_once(tmp_path):
@@ -400,8 +409,37 @@ def test_a_manifest_among_the_inputs_keeps_its_own_labels(tmp_path):
 
 
 def test_a_manifest_that_is_not_there_is_named_at_once(tmp_path):
-    with pytest.raises(NotFound, match="parents"):
-        Listing([str(tmp_path)], labels=f"{tmp_path}/parents")
+    with pytest.raises(NotFound, match=r"parents\.csv"):
+        Listing([str(tmp_path)], labels=f"{tmp_path}/parents.csv")
+
+
+@pytest.mark.parametrize("word", ["parnt", "Parent", "", "."])
+def test_labels_that_are_neither_a_word_nor_a_manifest_are_refused(tmp_path, word):
+    with pytest.raises(UsageError, match=rf"--labels is {word}; it takes parent, none, or a manifest .* \.csv"):
+        Listing([str(tmp_path)], labels=word)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_called_like_a_manifest_is_a_folder(tmp_path, bucket, kind):
+    root = fill(tmp_path, [f"photos.{kind}/a.jpg"])
+    assert listed(f"{root}/photos.{kind}") == {f"{root}/photos.{kind}/a.jpg": None}
+    bucket(f"gs://b/photos.{kind}/a.jpg")
+    assert listed(f"gs://b/photos.{kind}") == {f"gs://b/photos.{kind}/a.jpg": None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_out_of_reach_is_listed_without_etag(tmp_path, monkeypatch, kind):
+    root = fill(tmp_path, ["a.jpg", "secret.jpg"])
+    manifest = write_manifest(root, kind, [("a.jpg", "x"), ("n" * 300, "y"), ("secret.jpg", "z")])
+    stat = DiskStorage.stat
+
+    def guarded(disk, uri):
+        if "secret" in uri:
+            raise AccessDenied(f"{uri}: permission denied")
+        return stat(disk, uri)
+
+    monkeypatch.setattr(DiskStorage, "stat", guarded)
+    assert [(ref.label, ref.etag == "") for ref in Listing([manifest])] == [("x", False), ("y", True), ("z", True)]
 
 
 def test_many_images_of_a_manifest_keep_the_order_of_uris(tmp_path, monkeypatch):
