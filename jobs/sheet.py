@@ -49,14 +49,6 @@ def render(title: str, subtitle: str, rows: Iterable[SheetRow], warning: str | N
     )
 
 
-def thumbnail(data: bytes | None, side: int = 160) -> str | None:
-    """Return a picture of at most `side` pixels as a `data:` URI, upright, or None when it cannot be shown."""
-    try:
-        return _shrink(data or b"", side)
-    except ImageRejected:
-        return None
-
-
 def _shrink(data: bytes, side: int) -> str:
     # The decoder stretches to a square: a generous one, from which the picture's own proportions are cut back.
     picture = images.load(data, (2 * side, 2 * side))

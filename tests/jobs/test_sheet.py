@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs.drawings import draw, write_faults
-from jobs.sheet import Neighbour, SheetRow, render, thumbnail
+from jobs.sheet import Neighbour, SheetRow, render
 
 _VOID = {"meta", "img", "wbr"}
 
@@ -54,6 +54,12 @@ def _opened(source):
     head, _, body = source.partition(",")
     assert head == "data:image/jpeg;base64"
     return Image.open(io.BytesIO(base64.b64decode(body, validate=True)))
+
+
+def _shown(data):
+    """Return a query's picture as its page shows it, or None where it shows none."""
+    images = _Page(render("Neighbours", "", [SheetRow("query.jpg", data)])).all("img")
+    return _opened(images[0]["src"]) if images else None
 
 
 @pytest.fixture(scope="module")
@@ -154,25 +160,25 @@ def test_no_queries_is_a_page_too():
     assert "There are no queries." in _Page(render("Neighbours", "", iter(()))).text
 
 
-def test_a_thumbnail_fits_and_keeps_the_proportions():
-    assert _opened(thumbnail(_bytes(draw("city", 2, (320, 200))))).size == (160, 100)
-    assert _opened(thumbnail(_bytes(draw("city", 2, (200, 320)), "WEBP"), side=80)).size == (50, 80)
-    assert _opened(thumbnail(_bytes(draw("city", 2, (40, 20)), "PNG"))).size == (40, 20), "enlarged"
-    assert _opened(thumbnail(_bytes(draw("city", 2, (1000, 10)), "PNG"))).size == (160, 2)
+def test_a_picture_is_shrunk_to_fit_and_keeps_the_proportions():
+    assert _shown(_bytes(draw("city", 2, (640, 400)))).size == (320, 200)
+    assert _shown(_bytes(draw("city", 2, (400, 640)), "WEBP")).size == (200, 320)
+    assert _shown(_bytes(draw("city", 2, (40, 20)), "PNG")).size == (40, 20), "enlarged"
+    assert _shown(_bytes(draw("city", 2, (1000, 10)), "PNG")).size == (320, 3)
 
 
-def test_a_thumbnail_shows_the_picture():
-    picture = draw("balloon", 3, (320, 240))
-    shown = np.asarray(_opened(thumbnail(_bytes(picture, quality=95))), float)
-    assert np.abs(shown - np.asarray(picture.resize((160, 120)), float)).mean() < 4
+def test_a_shrunk_picture_looks_like_itself():
+    picture = draw("balloon", 3, (640, 480))
+    shown = np.asarray(_shown(_bytes(picture, quality=95)), float)
+    assert np.abs(shown - np.asarray(picture.resize((320, 240)), float)).mean() < 4
 
 
-def test_a_thumbnail_is_upright_and_carries_nothing_private():
+def test_a_picture_is_upright_and_carries_nothing_private():
     picture = Image.new("RGB", (64, 32), "red")
     picture.paste("blue", (0, 0, 32, 32))
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "Maker"  # to be turned by a quarter, clockwise
-    upright = _opened(thumbnail(_bytes(picture, exif=exif, comment=b"taken at home")))
+    upright = _shown(_bytes(picture, exif=exif, comment=b"taken at home"))
     assert upright.size == (32, 64)
     assert upright.getpixel((16, 8))[2] > 200
     assert upright.getpixel((16, 56))[0] > 200
@@ -182,7 +188,7 @@ def test_a_thumbnail_is_upright_and_carries_nothing_private():
 
 def test_transparency_is_shown_on_white():
     clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
-    assert _opened(thumbnail(_bytes(clear, "PNG"))).getpixel((16, 16)) == (255, 255, 255)
+    assert _shown(_bytes(clear, "PNG")).getpixel((16, 16)) == (255, 255, 255)
 
 
 def test_a_bomb_is_refused():
@@ -191,14 +197,14 @@ def test_a_bomb_is_refused():
     data = b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts
     )
-    assert thumbnail(data) is None
+    assert _shown(data) is None
     assert "too large" in _Page(render("Neighbours", "", [SheetRow("bomb.png", data)])).text
 
 
 def test_no_fault_raises(tmp_path):
     write_faults(tmp_path)
-    assert [thumbnail(path.read_bytes()) for path in tmp_path.iterdir()] == [None] * len(list(tmp_path.iterdir()))
-    assert thumbnail(None) is None
+    assert [_shown(path.read_bytes()) for path in tmp_path.iterdir()] == [None] * len(list(tmp_path.iterdir()))
+    assert _shown(None) is None
 
 
 def test_damaged_pictures_never_raise():
@@ -207,4 +213,4 @@ def test_damaged_pictures_never_raise():
         broken = bytearray(data)
         for at in rng.integers(0, len(data), 10):
             broken[at] = rng.integers(256)
-        thumbnail(bytes(broken[: rng.integers(1, len(data))]))
+        _shown(bytes(broken[: rng.integers(1, len(data))]))
