@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
-from serving.errors import AccessDenied, Changed, Conflict, NotFound, StorageError
+from serving.errors import AccessDenied, Changed, Conflict, NotFound, StorageError, TimedOut
 from serving.storage import Entry, normalize, scheme_of, split_bucket
 
 CONNECT_SECONDS = 5.0
@@ -129,6 +129,6 @@ def unreachable(uri: str, error: BaseException) -> StorageError:
     return StorageError(f"{uri}: the store cannot be reached ({type(error).__name__}); check the network and endpoint")
 
 
-def late(uri: str, error: BaseException) -> TimeoutError:
+def late(uri: str, error: BaseException) -> TimedOut:
     """Say that an answer did not come in time."""
-    return TimeoutError(f"{uri}: no answer in time ({type(error).__name__}); check the network, then run again")
+    return TimedOut(f"{uri}: no answer in time ({type(error).__name__}); check the network, then run again")

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from serving import disk, remote, storage
-from serving.errors import AccessDenied, Changed, Conflict, MissingExtra, NotFound, StorageError, UsageError
+from serving.errors import AccessDenied, Changed, Conflict, MissingExtra, NotFound, StorageError, TimedOut, UsageError
 from serving.storage import Entry, join
 
 # U+FFFD before the emoji is the order of code points and of UTF-8, but not of UTF-16.
@@ -403,7 +403,7 @@ def test_silence_is_a_timeout(remote_store: SimpleNamespace) -> None:
     store = storage.of(uri)
     for action in (store.read, store.stat, lambda uri: list(store.list(uri))):
         remote_store.fake.faults.extend(["stall"] * 5)
-        with pytest.raises(TimeoutError, match="no answer in time") as raised:
+        with pytest.raises(TimedOut, match="no answer in time") as raised:
             action(uri)
         assert str(raised.value).startswith(uri)
         remote_store.fake.faults.clear()
@@ -506,7 +506,7 @@ def test_gs_tokens_that_cannot_be_had(gcs_server: str, monkeypatch: pytest.Monke
     for failure, kind, sentence in [
         (exceptions.RefreshError("Sign in again"), AccessDenied, "Sign in again.*gcloud auth"),
         (exceptions.TransportError(requests.ConnectionError()), StorageError, "cannot be reached"),
-        (exceptions.TransportError(requests.Timeout()), TimeoutError, "no answer in time"),
+        (exceptions.TransportError(requests.Timeout()), TimedOut, "no answer in time"),
     ]:
         expired.failure = failure
         with pytest.raises(kind, match=f"^{gcs_server}/a: .*{sentence}"):
