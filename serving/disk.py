@@ -4,7 +4,8 @@ import errno
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from operator import itemgetter
 from typing import BinaryIO
@@ -21,24 +22,24 @@ class DiskStorage:
         root = normalize(uri)
         with _sentences(root):
             info = os.stat(root)
-        if not os.path.isdir(root):
-            yield _entry(root, info)
+        if not stat.S_ISDIR(info.st_mode):
+            yield _entry(_spelled(root), _regular(root, info))
             return
-        yield from _walk(root, frozenset([(info.st_dev, info.st_ino)]))
+        yield from _walk(root, _spelled(root).rstrip("/") + "/", frozenset([(info.st_dev, info.st_ino)]))
 
     def stat(self, uri: str) -> Entry:
         """Describe one file."""
         path = normalize(uri)
         with _sentences(path):
             info = os.stat(path)
-        if os.path.isdir(path):
+        if stat.S_ISDIR(info.st_mode):
             raise NotFound(f"{path} is a folder, not a file")
-        return _entry(path, info)
+        return _entry(_spelled(path), _regular(path, info))
 
     def read(self, uri: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:
         """Read a file or a range of it; the etag is compared on the open file."""
         path = normalize(uri)
-        with _sentences(path), open(path, "rb") as file:
+        with open_file(path) as file, _sentences(path):
             if etag is not None and _etag(os.fstat(file.fileno())) != etag:
                 raise Changed(f"{path} has changed since it was listed")
             if start:
@@ -89,22 +90,40 @@ def open_file(uri: str) -> BinaryIO:
     """Open a file for reading."""
     path = normalize(uri)
     with _sentences(path):
-        return open(path, "rb")
+        return open(path, "rb", opener=_open_regular)
 
 
-def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[Entry]:
+def _open_regular(path: str, flags: int) -> int:
+    # A pipe would have us wait for a writer, and a device may give bytes without end.
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    try:
+        _regular(path, os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _regular(path: str, info: os.stat_result) -> os.stat_result:
+    if not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):  # the system says it of folders itself
+        raise StorageError(f"{path} is no regular file but a pipe, a socket or a device")
+    return info
+
+
+def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[Entry]:
     with _sentences(folder), os.scandir(folder) as scan:
         # A folder sorts as "name/", which makes a depth-first walk the order of whole paths.
-        named = ((_spelled(entry.name) + "/" * _is_folder(entry), entry) for entry in scan)
+        named = ((name + "/" * _is_folder(entry), entry) for name, entry in _spelled_apart(scan))
         children = sorted(named, key=itemgetter(0))
     for name, child in children:
         info = _described(child)
         if info is None:
             continue
         if not name.endswith("/"):
-            yield _entry(child.path, info)
+            if stat.S_ISREG(info.st_mode) or stat.S_ISLNK(info.st_mode):  # no pipes, sockets and devices
+                yield _entry(prefix + name, info)
         elif (info.st_dev, info.st_ino) not in above:  # a link to a folder above would never end
-            yield from _walk(child.path, above | {(info.st_dev, info.st_ino)})
+            yield from _walk(child.path, prefix + name, above | {(info.st_dev, info.st_ino)})
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -128,8 +147,25 @@ def _spelled(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _entry(path: str, info: os.stat_result) -> Entry:
-    return Entry(_spelled(path), info.st_size, _etag(info), info.st_mtime_ns // 1000)
+def _spelled_apart(scan: Iterable[os.DirEntry[str]]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Spell the names of one folder, no two alike: an escaped spelling may be the very name of another file."""
+    odd = []
+    for entry in scan:
+        name = _spelled(entry.name)
+        if name == entry.name:
+            yield name, entry
+        else:
+            odd.append((name, entry))
+    taken = set()
+    for name, entry in sorted(odd, key=itemgetter(0)):
+        while name in taken or os.path.lexists(os.path.join(os.path.dirname(entry.path), name)):
+            name = name.replace("\\", "\\\\")
+        taken.add(name)
+        yield name, entry
+
+
+def _entry(uri: str, info: os.stat_result) -> Entry:
+    return Entry(uri, info.st_size, _etag(info), info.st_mtime_ns // 1000)
 
 
 def _etag(info: os.stat_result) -> str:

@@ -626,7 +626,7 @@ def test_disk_folder_is_no_object(tmp_path: Path) -> None:
 
 
 def test_disk_denied_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def deny(*_args: object) -> None:
+    def deny(*_args: object, **_options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(disk, "open", deny, raising=False)
@@ -704,6 +704,50 @@ def test_disk_names_without_utf8_are_listed_in_order(tmp_path: Path) -> None:
     assert str(tmp_path / "a\\xff") in found
     with pytest.raises(NotFound):
         storage.read(str(tmp_path / "a\\xff"))
+
+
+def test_disk_names_are_spelled_apart(tmp_path: Path) -> None:
+    """An escaped spelling never is that of another file, which would be read in its place."""
+    names = [b"\xff.jpg", b"\\xff.jpg", b"\xfe", b"\\xfe", b"\\\\xfe", b"\\\xfd", b"\xfd", b"\\xfd", b"\\\\xfd"]
+    paths = [folder + b"/" + name for folder in (b"a", b"\xff", b"\\xff") for name in names]
+    for path in paths:
+        whole = tmp_path / os.fsdecode(path)
+        whole.parent.mkdir(exist_ok=True)
+        whole.write_bytes(path)
+    found = [entry.uri for entry in storage.list_entries(str(tmp_path))]
+    assert found == sorted(found)
+    assert len(set(found)) == len(found) == len(paths)
+    readable = {uri: storage.read(uri) for uri in found if storage.exists(uri)}
+    assert readable == {f"{tmp_path}/{path.decode()}": path for path in paths if path.isascii()}
+
+
+@pytest.fixture
+def special(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A pipe, a socket, and links to the pipe and to a device, beside a file and a dangling link."""
+    (tmp_path / "file").write_bytes(b"1")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to-pipe").symlink_to("pipe")
+    (tmp_path / "to-device").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # a socket's path is limited to some hundred bytes
+        server.bind("socket")
+        yield [str(tmp_path / name) for name in ("pipe", "socket", "to-pipe", "to-device")]
+
+
+def test_disk_lists_files_only(special: list[str], tmp_path: Path) -> None:
+    assert all(os.path.lexists(path) for path in special)
+    assert [storage.name_of(entry.uri) for entry in storage.list_entries(str(tmp_path))] == ["dangling", "file"]
+
+
+def test_disk_reads_files_only(special: list[str]) -> None:
+    def list_all(uri: str) -> None:
+        list(storage.list_entries(uri))
+
+    for path in special:
+        for action in (storage.read, storage.open_binary, storage.exists, list_all):
+            with pytest.raises(StorageError, match=f"^{path}(: | is no regular file but a pipe)"):
+                action(path)
 
 
 def test_disk_listing_passes_over_what_is_removed_meanwhile(tmp_path: Path) -> None:
