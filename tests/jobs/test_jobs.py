@@ -264,7 +264,11 @@ def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(drawn, artifact, tmp_path
             os.link(path, tmp_path / "images" / f"{number:02}-{path.name}")
     images, store = str(tmp_path / "images"), tmp_path / "store"
     command = ["embed", "--images", images, "--store", str(store), "--embedder", artifact, "--unit-size", "16"]
-    job = subprocess.Popen([sys.executable, "-m", "jobs.cli", *command], stderr=subprocess.PIPE, text=True)
+    # Where the tests run in the background, Ctrl-C may be ignored, and a child process inherits that.
+    heeding = (
+        "import signal, sys; signal.signal(2, signal.default_int_handler); from jobs import cli; sys.exit(cli.main())"
+    )
+    job = subprocess.Popen([sys.executable, "-c", heeding, *command], stderr=subprocess.PIPE, text=True)
     while len(list(store.glob("parts/*/*.parquet"))) < 3 and job.poll() is None:
         time.sleep(0.02)
     started = time.monotonic()
