@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from jobs import backbones, cli, console
 from jobs.options import option, parse
-from pipelines.embed import EmbedRequest, EmbedResult, run
+from pipelines.embed import EmbedRequest, EmbedResult, require_images, run
 from pipelines.runner import Runner
 from serving import storage
 from serving.embedder import copy_artifact
 from serving.images import Limits
+from transforms.listing import Listing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +68,10 @@ def main(argv: Sequence[str]) -> int:
 
 def request(options: Options) -> EmbedRequest:
     """Check the options and export or find the embedder."""
-    store = storage.normalize(options.store)
+    store, images = storage.normalize(options.store), tuple(storage.normalize(uri) for uri in options.images)
+    require_images(Listing(images, options.labels, options.all_files))  # before an export that takes its time
     return EmbedRequest(
-        images=tuple(storage.normalize(uri) for uri in options.images),
+        images=images,
         store=store,
         embedder=find_embedder(options, store),
         labels=options.labels,
@@ -103,6 +105,7 @@ def report(result: EmbedResult, seconds: float) -> str:
         ("listed", counts.listed),
         ("embedded", counts.embedded),
         ("reused", counts.reused),
+        ("  relabelled", counts.relabelled),
         ("rejected", counts.rejects),
         *((f"  {reason}", count) for reason, count in counts.rejected.items()),
         ("gone", counts.gone),

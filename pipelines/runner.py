@@ -4,6 +4,7 @@ import argparse
 import difflib
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any, NoReturn, Protocol
 import apache_beam as beam
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, SetupOptions, StandardOptions
 
-from serving.errors import RunFailed, UsageError
+from serving.errors import LookalikeError, RunFailed, UsageError
 from transforms.metrics import counters
 from transforms.progress import watch
 
@@ -161,6 +162,9 @@ def _sentences() -> Iterator[None]:
     """Turn what Beam makes of an error inside a worker into one sentence; Beam has logged the rest."""
     try:
         yield
+    except LookalikeError as error:
+        error.args = (re.sub(r" \[while running '.*'\]$", "", str(error)),)
+        raise
     except RuntimeError as error:
         # Beam wraps whatever a DoFn raises, Ctrl-C too, and appends where that was.
         if str(error).startswith("KeyboardInterrupt"):

@@ -41,18 +41,13 @@ def test_a_failing_worker_is_one_sentence():
 
 
 def test_our_own_errors_stay_what_they_are():
-    with pytest.raises(NotFound, match="gs://b/x does not exist"):
+    with pytest.raises(NotFound, match=r"^gs://b/x does not exist$"):
         run(failing(NotFound("gs://b/x does not exist")))
 
 
 def test_ctrl_c_in_a_worker_is_ctrl_c():
     with pytest.raises(KeyboardInterrupt):
         run(failing(KeyboardInterrupt()))
-
-
-def test_a_lost_cause_in_a_worker_process_names_it():
-    with pytest.raises(RunFailed, match="ValueError: no such number"):
-        run(failing(ValueError("no such number")), "--direct_num_workers=2", "--direct_running_mode=multi_processing")
 
 
 def test_progress_ends_even_when_the_stage_fails(tmp_path: Path):
