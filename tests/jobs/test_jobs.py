@@ -216,7 +216,10 @@ def test_demo_looks_before_it_removes(tmp_path, capsys):
     [
         (["embed"], "the following arguments are required: --images, --store"),
         (["embed", "--images", "x", "--store", "s", "--unit-sise", "3"], "did you mean --unit-size"),
-        (["embed", "--images", "x", "--store", "s", "--unit-size", "0", "--weights", "untrained"], "--unit-size is 0"),
+        (
+            ["embed", "--images", "a.jpg", "--store", "s", "--unit-size", "0", "--weights", "untrained"],
+            "--unit-size is 0",
+        ),
         (["embed", "--images", "nowhere", "--store", "s", "--weights", "untrained"], "nowhere does not exist"),
         (["embed", "--images", "x", "--store", "ftp://s"], "the scheme ftp:// is not known"),
         (["index", "--store", "nowhere", "--index", "i"], "nowhere is not an embedding store"),
@@ -230,6 +233,7 @@ def test_demo_looks_before_it_removes(tmp_path, capsys):
 )
 def test_wrong_usage_is_one_sentence_and_a_code(arguments, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jpg").touch()
     monkeypatch.setattr("jobs.backbones.convert", lambda _: b"model")
     assert cli.main(arguments) in (1, 2)
     error = capsys.readouterr().err.strip()
