@@ -38,9 +38,10 @@ from transforms.encoding import (
     read_trained,
 )
 from transforms.measuring import make_probe, measure, tune
-from transforms.merging import MergeSettings, MergeShards, ShardDocument, shard_document
+from transforms.merging import MergeSettings, MergeShards
 from transforms.sampling import live_rows, sample
 from transforms.schema import BUCKETS
+from transforms.shards import ShardDocument, shard_document
 from transforms.training import SALT, Design, design, stamp, train
 
 _ROWS_PER_SHARD = 250_000

@@ -13,12 +13,13 @@ import pyarrow.compute as pc
 
 from serving import records, storage
 from serving.errors import FormatError
-from serving.manifest import Document, FileEntry, Shard
+from serving.manifest import FileEntry, Shard
 from serving.quantizer import Quantizer
 from transforms.encoding import ENCODED_BY, load_quantizer, partial_uri
 from transforms.metrics import StageMetrics
 from transforms.progress import Heartbeat
 from transforms.schema import EMBEDDED, hash_range, open_parquet, shard_buckets
+from transforms.shards import ShardDocument, shard_document, shard_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +37,6 @@ class MergeSettings:
     def folder(self) -> str:
         """Return where the version's files go."""
         return storage.join(self.index, "versions", self.version)
-
-
-@dataclass(frozen=True, slots=True)
-class ShardDocument(Document):
-    """A finished shard's own few lines, `shard-NNNNN-of-NNNNN.json`, written after its files."""
-
-    shard: Shard
-
-
-def shard_name(kind: str, number: int, shards: int, ending: str) -> str:
-    """Name a shard's file, as in `shard-00000-of-00008.faiss`."""
-    return f"{kind}-{number:05}-of-{shards:05}.{ending}"
-
-
-def shard_document(folder: str, number: int, shards: int) -> str:
-    """Return where a finished shard says so."""
-    return storage.join(folder, shard_name("shard", number, shards, "json"))
 
 
 def live_in(catalog: tuple[str, ...], low: int, high: int) -> pa.Table:

@@ -15,7 +15,6 @@ from serving.errors import FormatError, LookalikeError, NotFound
 from serving.manifest import Document, EmbedderRef, FileEntry, IndexManifest, RunManifest, Shard
 from serving.quantizer import Quantizer
 from transforms.catalog import part_name, read_catalog
-from transforms.merging import ShardDocument, shard_document
 from transforms.planning import ListingDigest, Plan
 from transforms.schema import (
     CATALOG,
@@ -28,6 +27,7 @@ from transforms.schema import (
     read_parquet,
     uri_hash,
 )
+from transforms.shards import ShardDocument, shard_document
 
 
 @dataclass(frozen=True, slots=True)
