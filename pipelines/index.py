@@ -12,7 +12,7 @@ import apache_beam as beam
 from pipelines.runner import Runner
 from serving import storage
 from serving.embedder import copy_artifact
-from serving.errors import Conflict, EmbedderMismatch, NotFound, UsageError
+from serving.errors import Conflict, EmbedderMismatch, NotFound, TargetMissed, UsageError
 from serving.index import Index
 from serving.manifest import (
     Document,
@@ -28,6 +28,7 @@ from serving.manifest import (
     read_current,
 )
 from serving.quantizer import Quantizer
+from transforms.designing import Design, Wishes, designs
 from transforms.encoding import (
     TRAINED,
     EncodeParts,
@@ -37,12 +38,13 @@ from transforms.encoding import (
     quantizer_folder,
     read_trained,
 )
-from transforms.measuring import make_probe, measure, tune
+from transforms.measuring import TARGET, Against, measure, tune
 from transforms.merging import MergeSettings, MergeShards
+from transforms.probing import make_probe, without_queries
 from transforms.sampling import live_rows, sample
 from transforms.schema import BUCKETS
 from transforms.shards import ShardDocument, shard_document
-from transforms.training import SALT, Design, design, stamp, train
+from transforms.training import SALT, stamp, train
 
 _ROWS_PER_SHARD = 250_000
 
@@ -53,14 +55,33 @@ class IndexRequest:
 
     store: str
     index: str
-    dim: int = 128
+    dim: int | None = None
     nlist: int | None = None
     shards: int = 0
     """0 chooses by the number of rows."""
+    target_recall: float | None = None
+    """Recall@10 that the index must reach; None looks for `TARGET` and takes the best there is."""
+    recall_against: Against = "reduced"
+    max_bytes_per_vector: float | None = None
+    max_latency_us: float | None = None
+    index_factory: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.shards <= BUCKETS:
             raise UsageError(f"--shards is {self.shards}; take 1 to {BUCKETS}, or 0 to choose by the number of rows")
+        if self.target_recall is not None and not 0 < self.target_recall <= 1:
+            raise UsageError(f"--target-recall is {self.target_recall:g}; take more than 0, at most 1")
+        if self.recall_against not in ("reduced", "raw"):
+            raise UsageError(f"--recall-against is {self.recall_against}; take reduced or raw")
+        if self.max_latency_us is not None and self.max_latency_us <= 0:
+            raise UsageError(f"--max-latency-us is {self.max_latency_us:g}; take more than 0 microseconds")
+        _ = self.wishes  # checks what is said of the shape
+
+    @property
+    def wishes(self) -> Wishes:
+        """Return what is asked of the index's shape."""
+        faithful = self.recall_against == "raw" and not self.index_factory
+        return Wishes(self.dim, self.nlist, faithful, self.max_bytes_per_vector, self.index_factory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +95,29 @@ class TrainedDocument(Document):
     store: str
     run: str
     created: str
-    dim: int = 0
-    """As asked for, before `design` fitted it to the collection; 0 where an early release did not record it."""
+    dim: int | None = None
+    """As asked for, before it was fitted to the collection."""
     nlist: int | None = None
 
 
-def train_quantizer(request: IndexRequest, run: RunManifest) -> TrainedDocument:
-    """Train on a deterministic sample of a run's live rows and keep the quantizer under its id."""
+def choose_designs(request: IndexRequest, run: RunManifest) -> list[Design]:
+    """Return the shapes to try, the first one first."""
     if not run.live:
         raise UsageError(f"{request.store} holds no embedded image to index; its {run.rows} images were all rejected")
-    shape = design(run.live, run.dim, request.dim, request.nlist)
-    live = live_rows(request.store, run, ("uri", "part", "row", "uri_hash"))
+    return designs(run.live, run.dim, request.wishes)
+
+
+def train_quantizer(request: IndexRequest, run: RunManifest, shape: Design | None = None) -> TrainedDocument:
+    """Train on a deterministic sample of a run's live rows and keep the quantizer under its id."""
+    shape = shape or choose_designs(request, run)[0]
+    live = without_queries(live_rows(request.store, run, ("uri", "part", "row", "uri_hash")))
     data = train(shape, run.dim, sample(live, shape.sample, SALT).vectors())
     data = stamp(data, run.embedder.fingerprint)
+    quantizer = Quantizer(data)
     trained = TrainedDocument(
-        quantizer=Quantizer(data).id,
+        quantizer=quantizer.id,
         embedder=run.embedder.fingerprint,
-        design=shape,
+        design=_as_trained(shape, quantizer),
         rows=run.live,
         store=request.store,
         run=run.run_id,
@@ -102,6 +129,18 @@ def train_quantizer(request: IndexRequest, run: RunManifest) -> TrainedDocument:
     storage.create(storage.join(folder, TRAINED), data)
     storage.create(storage.join(folder, "trained.json"), trained.to_json())
     return trained
+
+
+def _as_trained(shape: Design, quantizer: Quantizer) -> Design:
+    """Fill in what FAISS's own key said of the shape."""
+    return dataclasses.replace(
+        shape,
+        dim=quantizer.reduced_dim,
+        nlist=int(quantizer.ivf.nlist),
+        code_bytes=int(quantizer.ivf.code_size),
+        refine_bytes=quantizer.refine_size,
+        raw_bytes=quantizer.raw_size,
+    )
 
 
 def load_trained(index: str, quantizer: str) -> TrainedDocument:
@@ -121,7 +160,7 @@ def build_version(request: IndexRequest, run: RunManifest, trained: TrainedDocum
             f"holds those of {run.embedder.fingerprint}; train one on this store"
         )
     shards = request.shards or max(1, min(BUCKETS, round(run.live / _ROWS_PER_SHARD)))
-    version = version_name(run, trained.quantizer, shards)
+    version = version_name(run, trained.quantizer, shards, _promise(request))
     folder = storage.join(request.index, "versions", version)
     if storage.exists(storage.join(folder, "manifest.json")):
         return IndexManifest.load(storage.join(folder, "manifest.json"))
@@ -130,7 +169,8 @@ def build_version(request: IndexRequest, run: RunManifest, trained: TrainedDocum
     _encode(request, run, trained.quantizer, runner)
     _merge(request, run, trained.quantizer, version, shards, runner)
     manifest = _describe(request, run, trained, version, shards)
-    manifest = _measured(request, run, manifest)
+    manifest = _measured(request, run, trained.design, manifest)
+    _refuse_broken_promises(request, manifest)
     if not storage.create(storage.join(folder, "manifest.json"), manifest.to_json()):
         return IndexManifest.load(storage.join(folder, "manifest.json"))  # another run finished the same version
     return manifest
@@ -155,24 +195,62 @@ def run(request: IndexRequest, runner: Runner) -> tuple[IndexManifest, bool]:
     current = read_current(request.index, "version")
     source = load_run_manifest(request.store)
     published = load_index_manifest(request.index, current[0]) if current else None
-    if published is not None and published.lineage.get("inputs") == _inputs(
-        source, request.dim, request.nlist, request.shards
-    ):
+    if published is not None and published.lineage.get("inputs") == _inputs(source, request):
         return published, False
-    manifest = build_version(request, source, train_quantizer(request, source), runner)
+    manifest = _build_first_that_keeps_its_promise(request, source, runner)
     publish(request.index, manifest.version, current[1] if current else None)
     return manifest, True
 
 
-def _inputs(run: RunManifest, dim: int, nlist: int | None, shards: int) -> str:
+def _build_first_that_keeps_its_promise(request: IndexRequest, run: RunManifest, runner: Runner) -> IndexManifest:
+    shapes = choose_designs(request, run)
+    missed: list[TargetMissed] = []
+    for shape in shapes:
+        try:
+            return build_version(request, run, train_quantizer(request, run, shape), runner)
+        except TargetMissed as error:
+            missed.append(error)
+    raise (
+        missed[0]
+        if len(missed) == 1
+        else TargetMissed(f"{missed[0]} ({len(missed) - 1} other shapes missed it too; the last: {missed[-1]})")
+    )
+
+
+def _refuse_broken_promises(request: IndexRequest, manifest: IndexManifest) -> None:
+    """Raise when what was measured is not what was asked for; the version is never finished then."""
+    measured = manifest.measured
+    reached = measured["recall_at_10_raw" if request.recall_against == "raw" else "recall_at_10"]
+    what = (
+        f"recall@10 {reached} against the {request.recall_against} vectors, {measured['bytes_per_vector']} bytes a "
+        f"vector, {measured['p50_us']:.0f} µs a lookup, at {manifest.reduced_dim} dimensions"
+    )
+    if request.target_recall is not None and reached < request.target_recall:
+        raise TargetMissed(
+            f"--target-recall {request.target_recall:g} cannot be met; the best that can is {what}. Nothing was "
+            "published; lower the target, allow more bytes, or choose other dimensions (--dim)"
+        )
+    if request.max_latency_us is not None and measured["p50_us"] > request.max_latency_us:
+        raise TargetMissed(
+            f"--max-latency-us {request.max_latency_us:g} cannot be met; the best that can is {what}. Nothing was "
+            "published; allow more time, a lower recall, or choose fewer dimensions (--dim)"
+        )
+
+
+def _promise(request: IndexRequest) -> list[Any]:
+    return [request.target_recall, request.recall_against, request.max_bytes_per_vector, request.max_latency_us]
+
+
+def _inputs(run: RunManifest, request: IndexRequest) -> str:
     """Hash what a version is made from before anything is trained."""
-    made_from = [[file.sha256 for file in run.catalog], dim, nlist, shards]
+    asked = [request.dim, request.nlist, request.shards, request.index_factory, *_promise(request)]
+    made_from = [[file.sha256 for file in run.catalog], *asked]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
 
 
-def version_name(run: RunManifest, quantizer: str, shards: int) -> str:
-    """Name a version by what it is made of, so that building it again finds it."""
-    made_of = [quantizer, shards, [file.sha256 for file in run.catalog]]
+def version_name(run: RunManifest, quantizer: str, shards: int, promise: Sequence[Any] = ()) -> str:
+    """Name a version by what it is made of and tuned to, so that building it again finds it."""
+    made_of = [quantizer, shards, [file.sha256 for file in run.catalog], list(promise)]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
@@ -219,26 +297,34 @@ def _describe(
         quantizer=trained.quantizer,
         trained=FileEntry.of(TRAINED, data),
         shards=built,
-        parameters={"nlist": shape.nlist, "code_bytes": shape.code_bytes, "trained_on": shape.sample},
+        parameters={
+            "nlist": shape.nlist,
+            "code_bytes": shape.code_bytes,
+            "refine_bytes": shape.refine_bytes,
+            "raw_bytes": shape.raw_bytes,
+            "trained_on": shape.sample,
+            "factory": shape.factory or None,
+            "target_recall": request.target_recall or TARGET,
+            "recall_against": request.recall_against,
+        },
         search=SearchSettings(shape.nlist, 0),
         measured={},
         lineage={
             "store": request.store,
             "run": run.run_id,
             "images": list(run.images),
-            "inputs": _inputs(run, trained.dim, trained.nlist, request.shards),
+            "inputs": _inputs(run, dataclasses.replace(request, dim=trained.dim, nlist=trained.nlist)),
         },
         created=now(),
         built_with=built_with(),
     )
 
 
-def _measured(request: IndexRequest, run: RunManifest, manifest: IndexManifest) -> IndexManifest:
+def _measured(request: IndexRequest, run: RunManifest, shape: Design, manifest: IndexManifest) -> IndexManifest:
     """Open the version as a reader would, tune it, and record what was measured."""
     index = Index(request.index, manifest)
-    probe = make_probe(
-        live_rows(request.store, run, ("uri", "label", "part", "row", "uri_hash")),
-        load_quantizer(request.index, manifest.quantizer),
-    )
-    settings = tune(index, probe)
-    return dataclasses.replace(manifest, search=settings, measured=measure(index, probe, settings))
+    quantizer = load_quantizer(request.index, manifest.quantizer)
+    probe = make_probe(live_rows(request.store, run, ("uri", "label", "part", "row", "uri_hash")), quantizer)
+    tuned = tune(index, shape, probe, request.target_recall or TARGET, request.recall_against)
+    measured = measure(index, shape, probe, tuned.settings, quantizer)
+    return dataclasses.replace(manifest, search=tuned.settings, measured=measured)

@@ -15,6 +15,7 @@ LookalikeError                 str() is one sentence: what, which argument or fi
 │   ├── ChecksumMismatch       the bytes are not those the manifest names
 │   └── EmbedderMismatch       made with another embedder than the one at hand
 ├── ImageRejected              one picture cannot be used; carries a reason
+├── TargetMissed               an index cannot keep the promise that was asked of it
 └── RunFailed                  a job ended without its result
 ```
 """
@@ -106,6 +107,10 @@ class ImageRejected(LookalikeError):
     def __reduce__(self) -> tuple[type["ImageRejected"], tuple[Reason, str]]:
         """Let the error cross a process boundary."""
         return (ImageRejected, (self.reason, self.message))
+
+
+class TargetMissed(LookalikeError):
+    """An index cannot keep the promise that was asked of it; nothing was published."""
 
 
 class RunFailed(LookalikeError):

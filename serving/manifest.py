@@ -5,6 +5,7 @@ own folder (parts: to the store), so a folder can be moved or copied as a whole.
 """
 
 import dataclasses
+import hashlib
 import json
 import platform
 import types
@@ -16,6 +17,8 @@ from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hi
 
 from serving import storage
 from serving.errors import ChecksumMismatch, FormatError, NotFound, UnsupportedVersion, UsageError
+
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,19 @@ class FileEntry:
         if storage.sha256(data) != self.sha256:
             raise ChecksumMismatch(f"{uri} is damaged: its checksum is not the manifest's; restore it")
         return data
+
+    def check(self, folder: str) -> None:
+        """Check the file below `folder` as `read` does, without holding it."""
+        uri = storage.join(folder, self.name)
+        digest, size = hashlib.sha256(), 0
+        with storage.open_binary(uri) as source:
+            while block := source.read(_BLOCK):
+                digest.update(block)
+                size += len(block)
+        if size != self.size:
+            raise ChecksumMismatch(f"{uri} has {size:,} bytes, its manifest names {self.size:,}; restore it")
+        if digest.hexdigest() != self.sha256:
+            raise ChecksumMismatch(f"{uri} is damaged: its checksum is not the manifest's; restore it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +82,13 @@ class Shard:
     lists: FileEntry
     refine: FileEntry | None
     records: FileEntry
+    raw: FileEntry | None = None
+    """8-bit codes of the whole vectors, where answers are ranked by them at last."""
+
+    @property
+    def files(self) -> list[FileEntry]:
+        """Return the shard's files."""
+        return [entry for entry in (self.lists, self.refine, self.raw, self.records) if entry is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +99,10 @@ class SearchSettings:
     """Inverted lists visited a query."""
     rerank: int
     """Candidates ranked again by their 8-bit codes; 0 where the lists hold the vectors themselves."""
+    ef_search: int = 0
+    """Centroids that the coarse quantizer's graph keeps in view; 0 where it is no graph."""
+    rerank_raw: int = 0
+    """Of those, how many are ranked a last time by the codes of their whole vectors; 0 where there are none."""
 
 
 @dataclass(frozen=True, slots=True)

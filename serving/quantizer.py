@@ -1,8 +1,9 @@
 """The trained quantizer: how a vector becomes a list number and codes, for the batch side and for queries.
 
 On disk it is one FAISS index without vectors: a chain of transforms (L2-normalise, centred PCA, L2-normalise), then
-inverted lists, and around them 8-bit scalar codes for ranking again. A collection too small to train on has one
-inverted list of whole vectors and no second ranking: the same shape, exact.
+inverted lists, and around them 8-bit scalar codes for ranking again. An index that is faithful to the raw vectors has
+all this, but the first normalisation, inside one more ranking, by codes of the whole vectors. A collection too small
+to train on has one inverted list of whole vectors and no second ranking: the same shape, exact.
 """
 
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ BATCH = 1024
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """What an index keeps of some vectors: uint8 `[N, list number + code]`, uint8 `[N, refine]` or None."""
+    """What an index keeps of some vectors: uint8 `[N, list number + code]`, `[N, refine]` and `[N, raw]` or None."""
 
     codes: npt.NDArray[np.uint8]
     refine: npt.NDArray[np.uint8] | None
+    raw: npt.NDArray[np.uint8] | None = None
 
 
 class Quantizer:
@@ -33,13 +35,18 @@ class Quantizer:
     def __init__(self, data: bytes) -> None:
         self._index = _read(data)
         self.id = storage.sha256(data)[:16]
+        self.chain = _chain(self._index)
         inner = faiss.downcast_index(self._index.index)
+        self.raw: Any = None
+        if isinstance(inner, faiss.IndexRefine) and isinstance(_base(inner), faiss.IndexPreTransform):
+            self.raw, whole = faiss.downcast_index(inner.refine_index), _base(inner)
+            self.chain += _chain(whole)
+            inner = faiss.downcast_index(whole.index)
         refined = isinstance(inner, faiss.IndexRefine)
-        self.ivf = faiss.downcast_index(inner.base_index) if refined else inner
+        self.ivf = _base(inner) if refined else inner
         if not isinstance(self.ivf, faiss.IndexIVF):
             raise FormatError(f"the trained quantizer holds {type(self.ivf).__name__} in place of inverted lists")
-        self._refine = faiss.downcast_index(inner.refine_index) if refined else None
-        self.chain = [faiss.downcast_VectorTransform(self._index.chain.at(i)) for i in range(self._index.chain.size())]
+        self.refine: Any = faiss.downcast_index(inner.refine_index) if refined else None
         self._steps = [_step(transform) for transform in self.chain]
         self._centroids: npt.NDArray[np.float64] | None = None
 
@@ -66,7 +73,20 @@ class Quantizer:
     @property
     def refine_size(self) -> int:
         """Return the bytes of a re-rank code; 0 when there is none."""
-        return int(self._refine.sa_code_size()) if self._refine is not None else 0
+        return int(self.refine.sa_code_size()) if self.refine is not None else 0
+
+    @property
+    def raw_size(self) -> int:
+        """Return the bytes of the code of a whole vector; 0 when none is kept."""
+        return int(self.raw.sa_code_size()) if self.raw is not None else 0
+
+    @property
+    def centroids(self) -> npt.NDArray[np.float64]:
+        """Return the centroids of the inverted lists, float64 `[nlist, reduced_dim]`."""
+        if self._centroids is None:
+            coarse = faiss.downcast_index(self.ivf.quantizer)
+            self._centroids = coarse.reconstruct_n(0, self.ivf.nlist).astype(np.float64)
+        return self._centroids
 
     def reduce(self, vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Map raw vectors `[N, dim]` into the index's space, float32 `[N, reduced_dim]` of length one.
@@ -82,14 +102,28 @@ class Quantizer:
     def encode(self, vectors: npt.NDArray[Any]) -> Codes:
         """Encode raw vectors `[N, dim]`; a row's codes depend on that row alone."""
         codes = np.zeros((len(vectors), self.code_size), np.uint8)
-        refine = np.zeros((len(vectors), self.refine_size), np.uint8) if self._refine is not None else None
+        refine = np.zeros((len(vectors), self.refine_size), np.uint8)
+        raw = np.zeros((len(vectors), self.raw_size), np.uint8)
         for start in range(0, len(vectors), BATCH):
-            reduced = self.reduce(vectors[start : start + BATCH])
-            rows = slice(start, start + len(reduced))
+            rows = slice(start, start + BATCH)
+            reduced = self.reduce(vectors[rows])
             codes[rows] = self._encode_lists(reduced)
-            if refine is not None and self._refine is not None:
-                refine[rows] = self._refine.sa_encode(reduced)
-        return Codes(codes, refine)
+            if self.refine is not None:
+                refine[rows] = self.refine.sa_encode(reduced)
+            if self.raw is not None:
+                raw[rows] = self.raw.sa_encode(_normalize(vectors[rows].astype(np.float64)).astype(np.float32))
+        return Codes(codes, None if self.refine is None else refine, None if self.raw is None else raw)
+
+    def distortion(self, vectors: npt.NDArray[Any]) -> float:
+        """Return the mean squared distance of reduced vectors `[N, dim]` from what their codes in the lists stand for.
+
+        Reduced vectors are of length one, so 0 is perfect and 1 as good as no code at all.
+        """
+        reduced = self.reduce(vectors)
+        decoded = np.zeros_like(reduced)
+        codes = self._encode_lists(reduced)
+        self.ivf.sa_decode_c(len(codes), faiss.swig_ptr(codes), faiss.swig_ptr(decoded))
+        return float(np.square(reduced - decoded).sum(axis=1).mean()) if len(reduced) else 0.0
 
     def empty_lists(self) -> Any:
         """Return inverted lists like the trained ones, without vectors."""
@@ -97,7 +131,11 @@ class Quantizer:
 
     def empty_refine(self) -> Any:
         """Return a re-rank store like the trained one, without vectors; None where there is none."""
-        return faiss.clone_index(self._refine) if self._refine is not None else None
+        return faiss.clone_index(self.refine) if self.refine is not None else None
+
+    def empty_raw(self) -> Any:
+        """Return a store of codes of whole vectors like the trained one, without vectors; None where there is none."""
+        return faiss.clone_index(self.raw) if self.raw is not None else None
 
     def _encode_lists(self, reduced: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
         lists = self._nearest_lists(reduced)
@@ -108,11 +146,9 @@ class Quantizer:
         return codes
 
     def _nearest_lists(self, reduced: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-        if self._centroids is None:
-            self._centroids = self.ivf.quantizer.reconstruct_n(0, self.ivf.nlist).astype(np.float64)
-        closeness = reduced.astype(np.float64) @ self._centroids.T
+        closeness = reduced.astype(np.float64) @ self.centroids.T
         if self.ivf.metric_type == faiss.METRIC_L2:
-            closeness -= np.square(self._centroids).sum(axis=1) / 2
+            closeness -= np.square(self.centroids).sum(axis=1) / 2
         return np.ascontiguousarray(closeness.argmax(axis=1), np.int64)
 
 
@@ -124,6 +160,14 @@ def _read(data: bytes) -> Any:
     if not isinstance(index, faiss.IndexPreTransform):
         raise FormatError(f"the trained quantizer is not a chain of transforms but {type(index).__name__}")
     return index
+
+
+def _chain(index: Any) -> list[Any]:
+    return [faiss.downcast_VectorTransform(index.chain.at(number)) for number in range(index.chain.size())]
+
+
+def _base(index: Any) -> Any:
+    return faiss.downcast_index(index.base_index)
 
 
 def _step(transform: Any) -> Any:

@@ -1,9 +1,11 @@
 """Row number ↔ uri, label, etag: one Arrow file per shard, sorted by uri."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from serving.errors import FormatError
@@ -50,6 +52,12 @@ class _Labels:
     def __getitem__(self, row: int) -> str | None:
         return self._names[self._codes[row]]
 
+    def among(self, labels: Collection[str]) -> npt.NDArray[np.bool_]:
+        """Tell of each row whether its label is one of these."""
+        wanted = np.array([name is not None and name in labels for name in self._names])
+        found: npt.NDArray[np.bool_] = wanted[np.asarray(self._codes)]
+        return found
+
 
 class Records:
     """The records of some shards, one after the other; rows count from 0 over all of them."""
@@ -76,12 +84,24 @@ class Records:
         uri, label, etag = self._shards[shard]
         return Record(uri[local], label[local], etag[local])
 
-    def uri_and_label(self, row: int) -> tuple[str, str | None]:
-        """Return what a search answers with; `row` must be one of the rows there are."""
-        shard = bisect.bisect_right(self._starts, row) - 1
-        local = row - self._starts[shard]
-        uri, label, _ = self._shards[shard]
-        return uri[local], label[local]
+    def uris_and_labels(self, rows: Sequence[int]) -> list[tuple[str, str | None]]:
+        """Return what a search answers with; `rows` must be rows there are."""
+        found = []
+        starts, shards = self._starts, self._shards
+        for row in rows:
+            shard = bisect.bisect_right(starts, row) - 1
+            local = row - starts[shard]
+            uri, label, _ = shards[shard]
+            found.append((uri[local], label[local]))
+        return found
+
+    def labelled(self, labels: Collection[str]) -> npt.NDArray[np.int64]:
+        """Return the rows of these labels, sorted."""
+        found = [
+            np.flatnonzero(label.among(labels)) + start
+            for (_, label, _), start in zip(self._shards, self._starts, strict=True)
+        ]
+        return np.concatenate([np.empty(0, np.int64), *found])
 
 
 def to_bytes(table: pa.Table) -> bytes:

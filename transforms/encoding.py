@@ -57,7 +57,7 @@ def load_quantizer(index: str, quantizer: str) -> Quantizer:
 
 def encode_part(uri: str, quantizer: Quantizer) -> pa.Table:
     """Encode a part's embedded rows, one row group in memory at a time, and sort the codes by uri hash."""
-    schema = partial_schema(quantizer.code_size, quantizer.refine_size)
+    schema = partial_schema(quantizer.code_size, quantizer.refine_size, quantizer.raw_size)
     tables = []
     with open_parquet(uri) as file:
         first = 0
@@ -80,9 +80,9 @@ def _encode_group(table: pa.Table, first: int, quantizer: Quantizer, uri: str) -
     columns = [
         pa.array([uri_hash(uri) for uri in table["uri"].to_pylist()], pa.uint64()),
         pa.array((rows + first).astype(np.int32)),
-        *(_binary(codes_of) for codes_of in (codes.codes, codes.refine) if codes_of is not None),
+        *(_binary(codes_of) for codes_of in (codes.codes, codes.refine, codes.raw) if codes_of is not None),
     ]
-    return pa.table(columns, partial_schema(quantizer.code_size, quantizer.refine_size))
+    return pa.table(columns, partial_schema(quantizer.code_size, quantizer.refine_size, quantizer.raw_size))
 
 
 def _binary(codes: np.ndarray) -> pa.Array:

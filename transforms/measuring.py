@@ -1,118 +1,199 @@
-"""Measure an index before it is published: recall against exact search, precision by label, latency, bytes."""
+"""Tune an index to a recall, and measure what it promises: recall, precision by label, latency, bytes."""
 
 import itertools
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from serving.index import Hit, Index
 from serving.manifest import SearchSettings
 from serving.quantizer import Quantizer
-from transforms.sampling import LiveRows, sample
+from transforms.designing import Design
+from transforms.probing import DEEPEST, K, Neighbours, Probe, recall, shares_found
 
-SALT = 0x7175_6572_79
-QUERIES = 1000
-K = 10
 TARGET = 0.97
-"""Recall@10 that `tune` looks for; a little more than what is promised, for it is met on a sample."""
+"""Recall@10 that is looked for unless the user names one."""
 
-_TIE = 2e-6
-_SPARE = 3 * K
+Against = Literal["reduced", "raw"]
+
+_RERANKS = (20, 30, 40, 50, 60, 80, 100, 120, 160, 240, 320, 640)
+_RERANKS_RAW = (20, 30, 40, 60, 80, 120, 160, 240, 320)
+_CANDIDATES_A_RAW = (1.5, 2.0, 3.0)
+"""Candidates ranked by their reduced codes, for each that is ranked by its whole vector."""
+_EFFORTS = (1.0, 1.5, 2.0, 4.0)
+_RERANK_COST = 16
+"""Reading one byte of a code picked at random takes as long as scanning so many in a row."""
+_CONFIDENCE = 1.645
+"""Standard errors above the target at which 19 samples in 20 of the queries would reach it."""
 _LATENCY_QUERIES = 300
 _LATENCY_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """Live rows to ask with, each with its exact neighbours but itself, in the raw and in the index's own space.
+class Tuned:
+    """Settings, and the recall@10 that they reach on the probe."""
 
-    None where more rows are equally near than are kept.
-    """
-
-    rows: LiveRows
-    vectors: npt.NDArray[np.float32]
-    raw: list[frozenset[str]]
-    reduced: list[frozenset[str]]
-
-
-def make_probe(live: LiveRows, quantizer: Quantizer, queries: int = QUERIES, k: int = K) -> Probe:
-    """Sample queries by hash and search for them exactly, streaming over all live rows."""
-    asked = sample(live, queries, SALT)
-    vectors = asked.vectors()
-    uris = live.column("uri")
-    place = {uri: number for number, uri in enumerate(uris)}
-    own = np.array([place[uri] for uri in asked.column("uri")])
-    raw, reduced = _unit(vectors), quantizer.reduce(vectors)
-    best_raw, best_reduced = _Best(len(asked)), _Best(len(asked))
-    for places, chunk in live.chunks():
-        itself = places[np.newaxis, :] == own[:, np.newaxis]
-        best_raw.add(np.where(itself, -np.inf, raw @ _unit(chunk).T), places)
-        best_reduced.add(np.where(itself, -np.inf, reduced @ quantizer.reduce(chunk).T), places)
-    return Probe(asked, vectors, best_raw.neighbours(uris, k), best_reduced.neighbours(uris, k))
-
-
-def recall(found: Sequence[Sequence[str]], truth: Sequence[frozenset[str]], k: int = K) -> float:
-    """Return the mean share of the `k` exact neighbours that were found; equally near ones count alike."""
-    shares = [
-        len(truth_of.intersection(uris[:k])) / min(k, len(truth_of))
-        for uris, truth_of in zip(found, truth, strict=True)
-        if truth_of
-    ]
-    return float(np.mean(np.minimum(shares, 1.0))) if shares else 1.0
+    settings: SearchSettings
+    recall: float
 
 
 def ask(index: Index, probe: Probe, k: int = K, settings: SearchSettings | None = None) -> list[list[Hit]]:
     """Search for the probe's vectors; each one's own uri is left out of its answer."""
-    options = {"nprobe": settings.nprobe, "rerank": settings.rerank} if settings else {}
-    answers = index.search(probe.vectors, k + 1, **options)
+    answers = index.search(probe.vectors, k + 1, settings=settings)
     own = probe.rows.column("uri")
     return [[hit for hit in hits if hit.uri != uri][:k] for hits, uri in zip(answers, own, strict=True)]
 
 
-def tune(index: Index, probe: Probe, target: float = TARGET) -> SearchSettings:
-    """Choose the cheapest settings whose recall@10 in the index's space reaches `target`, else the best there are."""
-    nlist = index.info.parameters["nlist"]
-    if index.info.kind == "exact":
-        return SearchSettings(nlist, 0)
-    probes = [2**power for power in range((nlist - 1).bit_length())] + [nlist]
-    reranks = [20, 40, 80, 160, 320, 640]
-    best, best_recall = SearchSettings(nlist, reranks[-1]), -1.0
-    for settings in sorted(itertools.starmap(SearchSettings, itertools.product(probes, reranks)), key=_cost(index)):
-        reached = recall([[hit.uri for hit in hits] for hits in ask(index, probe, settings=settings)], probe.reduced)
-        if reached > best_recall:
-            best, best_recall = settings, reached
-        if reached >= target:
-            break
-    return best
+def tune(index: Index, shape: Design, probe: Probe, target: float = TARGET, against: Against = "reduced") -> Tuned:
+    """Find the cheapest settings that reach `target`, with some to spare for other queries; else the best there are."""
+    if shape.kind == "exact":
+        settings = SearchSettings(shape.nlist, 0)
+        return Tuned(settings, _Trial(index, probe, target, against)(settings).recall)
+    trial, cost = _Trial(index, probe, target, against), _cost(index, shape)
+    best: Tuned | None = None
+    for family in _families(shape):
+        ladder = [_with_nprobe(family, nprobe, shape.graph) for nprobe in _ladder(shape.nlist)]
+        cheapest = math.inf if best is None else cost(best.settings)
+        best = _first_reaching(trial, [step for step in ladder if cost(step) < cheapest]) or best
+    if best is None:
+        return trial.best
+    return _least_effort(trial, best) if shape.graph else best
 
 
-def measure(index: Index, probe: Probe, settings: SearchSettings) -> dict[str, Any]:
-    """Return what a manifest promises: recall@10, precision@1 by label, latency in microseconds, bytes a vector.
+def measure(
+    index: Index, shape: Design, probe: Probe, settings: SearchSettings, quantizer: Quantizer
+) -> dict[str, Any]:
+    """Return what a manifest promises; latency in microseconds of single queries, the best of three passes.
 
-    Latency is of single queries, the best of three passes.
+    `bytes_per_vector` is what the opened index holds in memory, `stored_bytes_per_vector` what all its files take.
     """
     answers = ask(index, probe, settings=settings)
-    uris = [[hit.uri for hit in hits] for hits in answers]
+    stored = sum(entry.size for shard in index.info.shards for entry in shard.files)
+    return {
+        "queries": len(probe.rows),
+        "held_out": probe.held_out,
+        **_recalls(index, probe, settings, answers),
+        "precision_at_1": _precision(answers, probe),
+        "distortion": round(quantizer.distortion(probe.vectors), 5),
+        "bytes_per_vector": shape.resident_bytes,
+        "stored_bytes_per_vector": round(stored / max(1, index.info.rows), 1),
+        **_latency(index, probe, settings),
+    }
+
+
+class _Trial:
+    """Searches for the probe with some settings and remembers the best."""
+
+    def __init__(self, index: Index, probe: Probe, target: float, against: Against) -> None:
+        self._index, self._probe, self._target = index, probe, target
+        self._truth = _space(probe, against).truth(K)
+        self.best = Tuned(index.info.search, -1.0)
+
+    def __call__(self, settings: SearchSettings) -> "Tuned":
+        tuned, _ = self._measure(settings)
+        return tuned
+
+    def reaches(self, settings: SearchSettings) -> Tuned | None:
+        """Return what was measured if it is enough."""
+        tuned, margin = self._measure(settings)
+        return tuned if tuned.recall >= min(1.0, self._target + margin) else None
+
+    def _measure(self, settings: SearchSettings) -> tuple[Tuned, float]:
+        answers = ask(self._index, self._probe, settings=settings)
+        shares = shares_found(_uris(answers), self._truth)
+        reached = float(shares.mean()) if len(shares) else 1.0
+        margin = _CONFIDENCE * float(shares.std()) / math.sqrt(len(shares)) if len(shares) else 0.0
+        tuned = Tuned(settings, reached)
+        if reached > self.best.recall:
+            self.best = tuned
+        return tuned, margin
+
+
+def _families(shape: Design) -> Iterator[SearchSettings]:
+    """Yield settings that differ in all but nprobe, those with the fewest candidates first."""
+    if shape.raw_bytes:
+        for raw, share in itertools.product(_RERANKS_RAW, _CANDIDATES_A_RAW if shape.refine_bytes else (0,)):
+            yield SearchSettings(1, round(raw * share), 0, raw)
+    else:
+        for rerank in _RERANKS if shape.refine_bytes else (0,):
+            yield SearchSettings(1, rerank)
+
+
+def _with_nprobe(family: SearchSettings, nprobe: int, graph: bool) -> SearchSettings:
+    return replace(family, nprobe=nprobe, ef_search=round(nprobe * _EFFORTS[-1]) if graph else 0)
+
+
+def _first_reaching(trial: _Trial, ladder: list[SearchSettings]) -> Tuned | None:
+    """Find by bisection the first step that reaches the target; None when the last does not."""
+    low, high, found = 0, len(ladder) - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        reached = trial.reaches(ladder[middle])
+        found = reached or found
+        low, high = (low, middle - 1) if reached else (middle + 1, high)
+    return found
+
+
+def _least_effort(trial: _Trial, tuned: Tuned) -> Tuned:
+    """Search the graph of centroids no wider than needed."""
+    for effort in _EFFORTS:
+        settings = replace(tuned.settings, ef_search=round(tuned.settings.nprobe * effort))
+        found = trial.reaches(settings)
+        if found is not None:
+            return found
+    return tuned
+
+
+def _ladder(nlist: int) -> list[int]:
+    """Return values of nprobe from 1 to `nlist`, each about a fifth above the last."""
+    steps = [1]
+    while steps[-1] < nlist:
+        steps.append(min(nlist, max(steps[-1] + 1, round(steps[-1] * 1.2))))
+    return steps
+
+
+def _cost(index: Index, shape: Design) -> Callable[[SearchSettings], float]:
+    """Rank settings by the bytes that a query touches, those picked at random counted dearer."""
+    per_list = index.info.rows / shape.nlist * shape.code_bytes
+
+    def cost(settings: SearchSettings) -> float:
+        picked = settings.rerank * shape.refine_bytes + settings.rerank_raw * shape.raw_bytes
+        return settings.nprobe * per_list + _RERANK_COST * picked
+
+    return cost
+
+
+def _recalls(index: Index, probe: Probe, settings: SearchSettings, answers: list[list[Hit]]) -> dict[str, float]:
+    """Return recall@1, @10 and @100 against both spaces."""
+    found = {K: answers, DEEPEST: ask(index, probe, DEEPEST, settings)}
+    recalls = {}
+    for against, ending in (("reduced", ""), ("raw", "_raw")):
+        neighbours = _space(probe, against)
+        for k in (1, K, DEEPEST):
+            uris = _uris(found[max(k, K)])
+            recalls[f"recall_at_{k}{ending}"] = round(recall(uris, neighbours.truth(k), k), 4)
+    return recalls
+
+
+def _space(probe: Probe, against: str) -> Neighbours:
+    return probe.raw if against == "raw" else probe.reduced
+
+
+def _uris(answers: Iterable[list[Hit]]) -> list[list[str]]:
+    return [[hit.uri for hit in hits] for hits in answers]
+
+
+def _precision(answers: list[list[Hit]], probe: Probe) -> float | None:
     judged = [
         hits[0].label == label
         for hits, label in zip(answers, probe.rows.column("label"), strict=True)
         if hits and label is not None
     ]
-    stored = sum(
-        entry.size for shard in index.info.shards for entry in (shard.lists, shard.refine, shard.records) if entry
-    )
-    return {
-        "queries": len(probe.rows),
-        "recall_at_10": round(recall(uris, probe.reduced), 4),
-        "recall_at_10_raw": round(recall(uris, probe.raw), 4),
-        "precision_at_1": round(float(np.mean(judged)), 4) if judged else None,
-        "bytes_per_vector": round(stored / max(1, index.info.rows), 1),
-        **_latency(index, probe, settings),
-    }
+    return round(float(np.mean(judged)), 4) if judged else None
 
 
 def _latency(index: Index, probe: Probe, settings: SearchSettings) -> dict[str, float]:
@@ -127,44 +208,6 @@ def _times(index: Index, probe: Probe, settings: SearchSettings) -> list[float]:
     times = []
     for vector in itertools.islice(itertools.cycle(probe.vectors), _LATENCY_QUERIES):
         started = time.perf_counter()
-        index.search(vector, K, nprobe=settings.nprobe, rerank=settings.rerank)
+        index.search(vector, K, settings=settings)
         times.append((time.perf_counter() - started) * 1e6)
     return times
-
-
-def _cost(index: Index) -> Any:
-    """Order settings by the bytes that a query touches."""
-    info = index.info
-    per_list = info.rows / info.parameters["nlist"] * info.parameters["code_bytes"]
-    return lambda settings: settings.nprobe * per_list + settings.rerank * info.reduced_dim
-
-
-class _Best:
-    """The best places so far of each query, and some spare ones to see ties by."""
-
-    def __init__(self, queries: int) -> None:
-        self._scores = np.full((queries, _SPARE), -np.inf, np.float32)
-        self._places = np.full((queries, _SPARE), -1, np.int64)
-
-    def add(self, scores: npt.NDArray[np.float32], places: npt.NDArray[np.int64]) -> None:
-        scores = np.concatenate([self._scores, scores], axis=1)
-        places = np.concatenate([self._places, np.broadcast_to(places, (len(scores), len(places)))], axis=1)
-        best = np.argpartition(-scores, _SPARE - 1, axis=1)[:, :_SPARE]
-        self._scores = np.take_along_axis(scores, best, axis=1)
-        self._places = np.take_along_axis(places, best, axis=1)
-
-    def neighbours(self, uris: Sequence[str | None], k: int) -> list[frozenset[str]]:
-        last = -np.sort(-self._scores, axis=1)[:, k - 1 : k]
-        near = (self._scores >= last - _TIE) & np.isfinite(self._scores)
-        # All kept are equally near, as among many copies of one picture: more such ones may have been dropped, and
-        # the query cannot be judged.
-        near[near.all(axis=1)] = False
-        return [
-            frozenset(uris[place] or "" for place in places[mask])
-            for places, mask in zip(self._places, near, strict=True)
-        ]
-
-
-def _unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)

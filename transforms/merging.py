@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from serving import records, storage
 from serving.errors import FormatError
 from serving.manifest import FileEntry, Shard
-from serving.quantizer import Quantizer
+from serving.quantizer import Codes, Quantizer
 from transforms.encoding import ENCODED_BY, load_quantizer, partial_uri
 from transforms.metrics import StageMetrics
 from transforms.progress import Heartbeat
@@ -40,7 +40,11 @@ class MergeSettings:
 
 
 def live_in(catalog: tuple[str, ...], low: int, high: int) -> pa.Table:
-    """Read the embedded rows whose uri hash is in [low, high], in the catalog's order: sorted by uri."""
+    """Read the embedded rows whose uri hash is in [low, high], sorted by that hash.
+
+    Shards are ranges of hashes, so one row after the other over all shards is the same order however many there are:
+    a row's number, and the order of every inverted list, do not depend on the number of shards.
+    """
     tables = []
     for uri in catalog:
         with open_parquet(uri) as file:
@@ -54,15 +58,13 @@ def live_in(catalog: tuple[str, ...], low: int, high: int) -> pa.Table:
                     pc.less_equal(hashes, pa.scalar(high, pa.uint64())),
                 )
                 tables.append(table.filter(pc.and_(inside, pc.equal(table["status"], EMBEDDED))))
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables).sort_by([("uri_hash", "ascending"), ("uri", "ascending")])
 
 
-def gather_codes(
-    live: pa.Table, settings: MergeSettings, quantizer: Quantizer, low: int, high: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+def gather_codes(live: pa.Table, settings: MergeSettings, quantizer: Quantizer, low: int, high: int) -> Codes:
     """Fetch the codes of live rows from the partials of their parts, in the order of the rows."""
-    codes = np.zeros((len(live), quantizer.code_size), np.uint8)
-    refine = np.zeros((len(live), quantizer.refine_size), np.uint8)
+    sizes = {"code": quantizer.code_size, "refine": quantizer.refine_size, "raw": quantizer.raw_size}
+    gathered = {name: np.zeros((len(live), size), np.uint8) for name, size in sizes.items() if size}
     parts = live["part"].combine_chunks().dictionary_encode()
     indices, rows = parts.indices.to_numpy(), live["row"].to_numpy()
     order = np.lexsort((rows, indices))
@@ -72,10 +74,9 @@ def gather_codes(
         uri = partial_uri(settings.index, settings.quantizer, f"{part}.parquet")
         partial = _read_range(uri, quantizer.id, low, high)
         found = _positions(partial["row"].to_numpy(), rows[places], uri)
-        codes[places] = _fixed(partial["code"], quantizer.code_size)[found]
-        if quantizer.refine_size:
-            refine[places] = _fixed(partial["refine"], quantizer.refine_size)[found]
-    return codes, refine
+        for name, codes in gathered.items():
+            codes[places] = _fixed(partial[name], sizes[name])[found]
+    return Codes(gathered["code"], gathered.get("refine"), gathered.get("raw"))
 
 
 def _positions(have: npt.NDArray[Any], want: npt.NDArray[Any], uri: str) -> npt.NDArray[np.int64]:
@@ -121,12 +122,11 @@ def build_lists(quantizer: Quantizer, codes: npt.NDArray[np.uint8]) -> bytes:
     return data
 
 
-def build_refine(quantizer: Quantizer, refine: npt.NDArray[np.uint8]) -> bytes:
-    """Store re-rank codes in row order."""
-    store = quantizer.empty_refine()
-    if len(refine):
-        store.add_sa_codes(refine)
-    return bytes(faiss.serialize_index(store))
+def build_store(empty: Any, codes: npt.NDArray[np.uint8]) -> bytes:
+    """Store codes in row order in a FAISS index that has none, such as `Quantizer.empty_refine`."""
+    if len(codes):
+        empty.add_sa_codes(codes)
+    return bytes(faiss.serialize_index(empty))
 
 
 def merge_shard(number: int, settings: MergeSettings, quantizer: Quantizer) -> Shard:
@@ -134,7 +134,7 @@ def merge_shard(number: int, settings: MergeSettings, quantizer: Quantizer) -> S
     buckets = shard_buckets(number, settings.shards)
     low, high = hash_range(buckets)
     live = live_in(settings.catalog, low, high)
-    codes, refine = gather_codes(live, settings, quantizer, low, high)
+    codes = gather_codes(live, settings, quantizer, low, high)
 
     def write(kind: str, ending: str, data: bytes) -> FileEntry:
         name = shard_name(kind, number, settings.shards, ending)
@@ -143,12 +143,16 @@ def merge_shard(number: int, settings: MergeSettings, quantizer: Quantizer) -> S
             data = storage.read(uri)  # an attempt cut short left it, maybe with other versions of the libraries
         return FileEntry.of(name, data)
 
+    def write_store(kind: str, empty: Any, stored: npt.NDArray[np.uint8] | None) -> FileEntry | None:
+        return None if stored is None else write(kind, "faiss", build_store(empty, stored))
+
     shard = Shard(
         number=number,
         buckets=buckets,
         rows=len(live),
-        lists=write("shard", "faiss", build_lists(quantizer, codes)),
-        refine=write("refine", "faiss", build_refine(quantizer, refine)) if quantizer.refine_size else None,
+        lists=write("shard", "faiss", build_lists(quantizer, codes.codes)),
+        refine=write_store("refine", quantizer.empty_refine(), codes.refine),
+        raw=write_store("raw", quantizer.empty_raw(), codes.raw),
         records=write("records", "arrow", records.to_bytes(live.select(records.SCHEMA.names))),
     )
     storage.create(shard_document(settings.folder, number, settings.shards), ShardDocument(shard).to_json())

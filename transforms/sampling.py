@@ -31,6 +31,11 @@ class LiveRows:
         """Return some rows, in the order asked."""
         return LiveRows(self.store, self.fingerprint, self.dim, self.table.take(pa.array(rows)))
 
+    def without(self, rows: "LiveRows") -> "LiveRows":
+        """Return all rows but those, which are told by their uris."""
+        kept = pc.invert(pc.is_in(self.table["uri"], value_set=rows.table["uri"].combine_chunks()))
+        return LiveRows(self.store, self.fingerprint, self.dim, self.table.filter(kept))
+
     def column(self, name: str) -> list[str | None]:
         """Return a column as Python values."""
         values: list[str | None] = self.table[name].to_pylist()

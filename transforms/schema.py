@@ -95,7 +95,7 @@ def part_schema(precision: Precision) -> pa.Schema:
     )
 
 
-def partial_schema(code_size: int, refine_size: int) -> pa.Schema:
+def partial_schema(code_size: int, refine_size: int, raw_size: int = 0) -> pa.Schema:
     """Return the schema of a partial: the codes of one part's embedded rows, sorted by `uri_hash`."""
     fields = [
         pa.field("uri_hash", pa.uint64(), nullable=False),
@@ -104,6 +104,8 @@ def partial_schema(code_size: int, refine_size: int) -> pa.Schema:
     ]
     if refine_size:
         fields.append(pa.field("refine", pa.binary(refine_size), nullable=False))
+    if raw_size:
+        fields.append(pa.field("raw", pa.binary(raw_size), nullable=False))
     return pa.schema(fields)
 
 

@@ -1,9 +1,8 @@
 """Train a quantizer on a sample: transform, coarse quantizer, codebooks."""
 
-import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -11,48 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.errors import UsageError
+from serving.rescoring import can_rescore
+from transforms.designing import BITS, SUBVECTOR, Design
 
 SALT = 0x7472_6169_6E  # sets the training sample apart from the queries that measure
-BITS = 4
-SUBVECTOR = 2
-"""Dimensions a 4-bit code stands for: 64 codes of 4 bits for 128 dimensions."""
-POINTS_PER_CENTROID = 39
-"""Fewer training points per centroid than this and FAISS, rightly, complains."""
-SMALLEST = POINTS_PER_CENTROID * (1 << BITS)
-"""Collections below this size get an exact index: too little to train 16 centroids on."""
-LARGEST_SAMPLE = 262_144
-
-
-@dataclass(frozen=True, slots=True)
-class Design:
-    """The shape of an index: `kind` is `ivf-pq` or `exact`; `dim` counts the reduced dimensions."""
-
-    kind: str
-    dim: int
-    nlist: int
-    code_bytes: int
-    """Of a vector's codes in the lists, without its list number."""
-    sample: int
-    """Vectors to train on."""
-
-
-def design(rows: int, raw_dim: int, dim: int = 128, nlist: int | None = None) -> Design:
-    """Choose an index for `rows` vectors of `raw_dim` dimensions, reduced to `dim`."""
-    if dim < SUBVECTOR:
-        raise UsageError(f"--dim is {dim}; take at least {SUBVECTOR}")
-    if dim % SUBVECTOR:
-        raise UsageError(f"--dim {dim} is odd; codes stand for {SUBVECTOR} dimensions each, take an even one")
-    if nlist is not None and nlist < 1:
-        raise UsageError(f"--nlist is {nlist}; take at least 1")
-    if rows < SMALLEST:
-        return Design("exact", raw_dim, 1, 4 * raw_dim, 0)
-    lists = _lists_for(rows) if nlist is None else nlist
-    if lists > rows // POINTS_PER_CENTROID:
-        raise UsageError(f"--nlist is {lists}; {rows} vectors can train 1 to {rows // POINTS_PER_CENTROID} lists")
-    dim = min(dim, min(raw_dim, rows) // SUBVECTOR * SUBVECTOR)
-    needed = max(SMALLEST, dim, POINTS_PER_CENTROID * lists)  # by the codebooks, the transform, the lists
-    sample = min(rows, max(needed, min(LARGEST_SAMPLE, 256 * lists)))
-    return Design("ivf-pq", dim, lists, math.ceil(dim // SUBVECTOR * BITS / 8), sample)
+_METRIC = faiss.METRIC_INNER_PRODUCT
+_ROTATION_SAMPLE = 32_768
+_ROTATION_ROUNDS = 10
+_NEIGHBOURS = 32
+_BUILD_EFFORT = 80
+"""HNSW's own words for these two: M and efConstruction."""
+_KMEANS_ROUNDS = 10
 
 
 def train(shape: Design, raw_dim: int, vectors: npt.NDArray[np.float32]) -> bytes:
@@ -60,7 +28,9 @@ def train(shape: Design, raw_dim: int, vectors: npt.NDArray[np.float32]) -> byte
 
     The same vectors in the same order give the same bytes on one type of CPU, whatever the number of threads.
     """
-    return _exact(raw_dim) if shape.kind == "exact" else _ivf_pq(shape, raw_dim, vectors)
+    if shape.kind == "exact":
+        return _exact(raw_dim)
+    return _custom(shape.factory, raw_dim, vectors) if shape.factory else _ivf_pq(shape, raw_dim, vectors)
 
 
 def stamp(quantizer: bytes, embedder: str) -> bytes:
@@ -71,19 +41,11 @@ def stamp(quantizer: bytes, embedder: str) -> bytes:
     return quantizer + f"embedder {embedder}\n".encode()
 
 
-def _lists_for(rows: int) -> int:
-    """Return a power of two near 4 √rows, so that lists hold some dozens to some hundreds of vectors."""
-    wanted = 4 * rows**0.5
-    while wanted > rows / POINTS_PER_CENTROID:
-        wanted /= 2
-    return int(max(1, 2 ** int(np.log2(max(1.0, wanted)))))
-
-
 def _exact(raw_dim: int) -> bytes:
     """One inverted list of whole vectors: a search visits them all."""
     coarse = faiss.IndexFlatIP(raw_dim)
     coarse.add(np.zeros((1, raw_dim), np.float32))
-    lists = faiss.IndexIVFFlat(coarse, raw_dim, 1, faiss.METRIC_INNER_PRODUCT)
+    lists = faiss.IndexIVFFlat(coarse, raw_dim, 1, _METRIC)
     lists.is_trained = True
     return _serialize(lists, [faiss.NormalizationTransform(raw_dim)])
 
@@ -94,24 +56,123 @@ def _ivf_pq(shape: Design, raw_dim: int, vectors: npt.NDArray[np.float32]) -> by
     pca = faiss.PCAMatrix(raw_dim, shape.dim)
     second = faiss.NormalizationTransform(shape.dim)
     with _one_thread():  # the covariance's sums would depend on how threads share them
-        reduced = first.apply(vectors)
-        pca.train(reduced)
-        reduced = second.apply(pca.apply(reduced))
-    coarse = faiss.IndexFlatIP(shape.dim)
-    lists = faiss.IndexIVFPQ(coarse, shape.dim, shape.nlist, shape.dim // SUBVECTOR, BITS, faiss.METRIC_INNER_PRODUCT)
-    lists.by_residual = False  # one look-up table a query instead of one a list visited
-    lists.train(reduced)
-    refine = faiss.IndexScalarQuantizer(shape.dim, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
-    refine.train(reduced)
-    return _serialize(faiss.IndexRefine(lists, refine), [first, pca, second])
+        unit = first.apply(vectors)
+        pca.train(unit)
+        reduced = second.apply(pca.apply(unit))
+    centroids = _cluster(reduced, shape.nlist)
+    with _one_thread():
+        rotation = _rotation(reduced, centroids)
+        reduced, centroids = rotation.apply(reduced), rotation.apply(centroids)
+        turned = _turned(pca, rotation)
+    coarse = _coarse(centroids, shape.graph)
+    lists = faiss.IndexIVFPQ(coarse, shape.dim, shape.nlist, shape.dim // SUBVECTOR, BITS, _METRIC)
+    # What the centroid leaves over is coded. By inner product one look-up table still serves all lists of a query:
+    # the centroid's own share is added once a list.
+    lists.by_residual = True
+    with _one_thread():  # the lists of the sample would depend on how a product is cut
+        lists.train(reduced)
+    inner: Any = lists
+    if shape.refine_bytes:
+        inner = faiss.IndexRefine(lists, _scalar_codes(reduced))
+    if not shape.raw_bytes:
+        return _serialize(inner, [first, turned, second])
+    within = _chained(inner, [turned, second])
+    return _serialize(faiss.IndexRefine(within, _scalar_codes(unit)), [first])
 
 
-def _serialize(inner: Any, chain: list[Any]) -> bytes:
+def _cluster(reduced: npt.NDArray[np.float32], nlist: int) -> npt.NDArray[np.float32]:
+    dim = reduced.shape[1]
+    clustering = faiss.Clustering(dim, nlist)
+    clustering.spherical, clustering.niter = True, _KMEANS_ROUNDS
+    clustering.train(reduced, faiss.IndexFlatIP(dim))
+    return faiss.vector_to_array(clustering.centroids).reshape(nlist, dim)  # type: ignore[no-any-return]
+
+
+def _rotation(reduced: npt.NDArray[np.float32], centroids: npt.NDArray[np.float32]) -> Any:
+    """Turn the space so that short codes lose least of what the centroids leave over (OPQ, Ge et al. 2013)."""
+    dim = reduced.shape[1]
+    nearest = faiss.IndexFlatIP(dim)
+    nearest.add(centroids)
+    some = reduced[:_ROTATION_SAMPLE]
+    _, lists = nearest.search(some, 1)
+    rotation = faiss.OPQMatrix(dim, dim // SUBVECTOR)
+    rotation.niter = _ROTATION_ROUNDS
+    codes = faiss.ProductQuantizer(dim, dim // SUBVECTOR, BITS)  # four bits a code, as in the lists
+    rotation.pq = codes
+    rotation.train(some - centroids[lists[:, 0]])
+    return rotation
+
+
+def _turned(pca: Any, rotation: Any) -> Any:
+    """Return the projection and the rotation as one linear map; a normalisation after it is none the wiser."""
+    matrix = faiss.vector_to_array(pca.A).reshape(pca.d_out, pca.d_in)
+    turned = faiss.LinearTransform(pca.d_in, pca.d_out, True)
+    faiss.copy_array_to_vector(np.ascontiguousarray(rotation.apply(np.ascontiguousarray(matrix.T)).T).ravel(), turned.A)
+    faiss.copy_array_to_vector(rotation.apply(faiss.vector_to_array(pca.b)[np.newaxis])[0], turned.b)
+    turned.is_trained = True
+    return turned
+
+
+def _coarse(centroids: npt.NDArray[np.float32], graph: bool) -> Any:
+    dim = centroids.shape[1]
+    coarse = faiss.IndexHNSWFlat(dim, _NEIGHBOURS, _METRIC) if graph else faiss.IndexFlatIP(dim)
+    if graph:
+        coarse.hnsw.efConstruction = _BUILD_EFFORT
+    with _one_thread():  # a graph depends on the order in which its points come
+        coarse.add(centroids)
+    return coarse
+
+
+def _scalar_codes(vectors: npt.NDArray[np.float32]) -> Any:
+    codes = faiss.IndexScalarQuantizer(vectors.shape[1], faiss.ScalarQuantizer.QT_8bit, _METRIC)
+    codes.train(vectors)
+    return codes
+
+
+def _custom(key: str, raw_dim: int, vectors: npt.NDArray[np.float32]) -> bytes:
+    """Build what FAISS's own key says, behind a normalisation: vectors are compared by their cosine."""
+    try:
+        # Lists packed for FastScan cannot be merged: they are kept plain, and packed when an index is opened.
+        made = faiss.index_factory(raw_dim, re.sub(r"x4fsr?", "x4", key), _METRIC)
+        first = faiss.NormalizationTransform(raw_dim)
+        with _one_thread():
+            made.train(first.apply(vectors))
+    except RuntimeError as error:
+        raise UsageError(f"--index-factory {key}: FAISS cannot build it: {str(error).splitlines()[-1]}") from None
+    index = faiss.downcast_index(made)  # which does not own what `made` does
+    _refuse_unreadable(key, index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _serialize(index.index, [first, *(index.chain.at(place) for place in range(index.chain.size()))])
+    return _serialize(index, [first])
+
+
+def _refuse_unreadable(key: str, index: Any) -> None:
+    """Refuse what FAISS can build and this package cannot search."""
+    inner = index
+    while isinstance(inner, faiss.IndexPreTransform | faiss.IndexRefine):
+        if isinstance(inner, faiss.IndexRefine):
+            if not can_rescore(faiss.downcast_index(inner.refine_index)):
+                raise UsageError(f"--index-factory {key}: re-rank by Refine(SQ8), Refine(SQfp16) or RFlat")
+            inner = faiss.downcast_index(inner.base_index)
+        else:
+            inner = faiss.downcast_index(inner.index)
+    if not isinstance(inner, faiss.IndexIVFPQ | faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer):
+        raise UsageError(
+            f"--index-factory {key}: take inverted lists (IVF…) of PQ, SQ or Flat codes, such as "
+            "PCA128,IVF1024,PQ64x4fs,Refine(SQ8)"
+        )
+
+
+def _chained(inner: Any, chain: list[Any]) -> Any:
     index = faiss.IndexPreTransform(inner)
     for transform in reversed(chain):
         index.prepend_transform(transform)
     index.is_trained = True
-    return bytes(faiss.serialize_index(index))
+    return index
+
+
+def _serialize(inner: Any, chain: list[Any]) -> bytes:
+    return bytes(faiss.serialize_index(_chained(inner, chain)))
 
 
 @contextmanager

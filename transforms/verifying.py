@@ -73,8 +73,7 @@ def check_embedder(root: str, ref: EmbedderRef) -> Iterator[str]:
 
 def shard_files(manifest: IndexManifest) -> list[FileEntry]:
     """Return all files that a version's manifest names."""
-    shards = [entry for shard in manifest.shards for entry in (shard.lists, shard.refine, shard.records) if entry]
-    return [manifest.trained, *shards]
+    return [manifest.trained, *(entry for shard in manifest.shards for entry in shard.files)]
 
 
 def check_version(root: str, manifest: IndexManifest) -> Iterator[str]:
@@ -143,16 +142,17 @@ def _check_shard(folder: str, shard: Shard, quantizer: Quantizer) -> Iterator[st
     lists = _read_faiss(folder, shard.lists)
     table = records.from_buffer(shard.records.read(folder), storage.join(folder, shard.records.name))
     counts = {shard.lists.name: lists.ntotal, shard.records.name: len(table)}
-    if shard.refine is not None:
-        counts[shard.refine.name] = _read_faiss(folder, shard.refine).ntotal
+    for codes in (shard.refine, shard.raw):
+        if codes is not None:
+            counts[codes.name] = _read_faiss(folder, codes).ntotal
     for name, count in counts.items():
         if count != shard.rows:
             yield f"{folder}/{name} holds {count:,} rows, the manifest says {shard.rows:,}"
     if lists.code_size != quantizer.ivf.code_size:
         yield f"{folder}/{shard.lists.name} was encoded with another quantizer than {quantizer.id}"
-    uris = table["uri"].to_pylist()
+    hashes = [uri_hash(uri) for uri in table["uri"].to_pylist()]
     low, high = hash_range(shard.buckets)
-    if uris != sorted(uris) or not all(low <= uri_hash(uri) <= high for uri in uris):
+    if hashes != sorted(hashes) or not all(low <= value <= high for value in hashes):
         yield f"{folder}/{shard.records.name} holds rows of another shard, or out of order"
 
 

@@ -1,0 +1,165 @@
+"""Read a version's shards: into memory, or mapped from local files."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from serving import records, storage
+from serving.errors import ChecksumMismatch, FormatError, NotFound, StorageError, UsageError
+from serving.manifest import FileEntry, IndexManifest, Shard
+from serving.quantizer import Quantizer
+from serving.rescoring import Rescoring, code_view
+
+MODES = ("memory", "mmap")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Inverted lists of one or more shards; their ids count from 0, the rows that they mean from `start`."""
+
+    lists: Any
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Shards as they were opened: in memory one segment holds all lists, mapped there is one a shard."""
+
+    segments: list[Segment]
+    refine: Rescoring | None
+    refine_index: Any
+    """All re-rank codes in one FAISS index; None where they are mapped, or where there are none."""
+    raw: Rescoring | None
+    records: list[pa.Table]
+
+
+def choose(info: IndexManifest, shards: Sequence[int] | None) -> list[Shard]:
+    """Return the shards of these numbers, in order; all for None."""
+    if shards is None:
+        return list(info.shards)
+    unknown = sorted(set(shards) - {shard.number for shard in info.shards})
+    if unknown:
+        raise UsageError(f"shards {unknown} are not in this index; it has 0 to {len(info.shards) - 1}")
+    return [shard for shard in info.shards if shard.number in set(shards)]
+
+
+def open_memory(folder: str, shards: Sequence[Shard], quantizer: Quantizer) -> Opened:
+    """Load shards, every file checked against its checksum. Records and raw codes are mapped where files are local."""
+    lists, refine = quantizer.empty_lists(), quantizer.empty_refine()
+    start = 0
+    for shard in shards:
+        found = _read_faiss(folder, shard.lists)
+        _check_alike(folder, shard.lists, found, lists, shard.rows)
+        lists.invlists.merge_from(found.invlists, start)
+        lists.ntotal += shard.rows
+        if refine is not None:
+            entry = _entry(folder, shard.refine, shard, "re-rank codes")
+            found = _read_faiss(folder, entry)
+            _check_alike(folder, entry, found, refine, shard.rows)  # FAISS would read past their end
+            refine.merge_from(found)
+        start += shard.rows
+    rescoring = None if refine is None else Rescoring(refine, [code_view(refine)], refine)
+    tables = [_records(folder, shard, checked=True) for shard in shards]
+    raw = _open_raw(folder, shards, quantizer, checked=True)
+    return Opened([Segment(lists, 0, start)], rescoring, refine, raw, tables)
+
+
+def open_mapped(folder: str, shards: Sequence[Shard], quantizer: Quantizer) -> Opened:
+    """Map shards from local files, whose sizes are checked and whose bytes are not: they are not read yet."""
+    if storage.scheme_of(folder) != "file":
+        raise UsageError(f"{folder} is not on a local disk, so it cannot be mapped; copy it here, or open it in memory")
+    segments, codes, keep = [], [], []
+    for shard, start in zip(shards, itertools.accumulate((shard.rows for shard in shards), initial=0), strict=False):
+        lists = _map_faiss(folder, shard.lists)
+        _check_alike(folder, shard.lists, lists, quantizer.ivf, shard.rows)
+        lists.own_fields, lists.quantizer = False, quantizer.ivf.quantizer
+        segments.append(Segment(lists, start, shard.rows))
+        if quantizer.refine is not None:
+            entry = _entry(folder, shard.refine, shard, "re-rank codes")
+            keep.append(_map_faiss(folder, entry))
+            _check_alike(folder, entry, keep[-1], quantizer.refine, shard.rows)
+            codes.append(code_view(keep[-1]))
+    refine = None if quantizer.refine is None else Rescoring(quantizer.refine, codes, keep)
+    tables = [_records(folder, shard, checked=False) for shard in shards]
+    return Opened(segments, refine, None, _open_raw(folder, shards, quantizer, checked=False), tables)
+
+
+def _open_raw(folder: str, shards: Sequence[Shard], quantizer: Quantizer, checked: bool) -> Rescoring | None:
+    """Open the codes of whole vectors: mapped from local files, read from elsewhere."""
+    if quantizer.raw is None:
+        return None
+    found = []
+    for shard in shards:
+        entry = _entry(folder, shard.raw, shard, "codes of whole vectors")
+        if storage.scheme_of(folder) == "file":
+            if checked:
+                entry.check(folder)
+            found.append(_map_faiss(folder, entry))
+        else:
+            found.append(_read_faiss(folder, entry))
+        _check_alike(folder, entry, found[-1], quantizer.raw, shard.rows)
+    return Rescoring(quantizer.raw, [code_view(store) for store in found], found)
+
+
+def _entry(folder: str, entry: FileEntry | None, shard: Shard, what: str) -> FileEntry:
+    if entry is None:
+        raise FormatError(f"{folder}: the manifest names no {what} for shard {shard.number}")
+    return entry
+
+
+def _read_faiss(folder: str, entry: FileEntry) -> Any:
+    data = np.frombuffer(entry.read(folder), np.uint8)
+    try:
+        return faiss.deserialize_index(data)
+    except (RuntimeError, MemoryError) as error:
+        raise _unreadable(folder, entry, error) from None
+
+
+def _map_faiss(folder: str, entry: FileEntry) -> Any:
+    path = storage.join(folder, entry.name)
+    size = storage.of(path).stat(path).size
+    if size != entry.size:
+        raise ChecksumMismatch(f"{path} has {size:,} bytes, its manifest names {entry.size:,}; restore it")
+    try:
+        return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
+    except (RuntimeError, MemoryError) as error:
+        raise _unreadable(folder, entry, error) from None
+
+
+def _unreadable(folder: str, entry: FileEntry, error: Exception) -> FormatError:
+    return FormatError(f"{storage.join(folder, entry.name)}: {str(error).splitlines()[-1]}")
+
+
+def _records(folder: str, shard: Shard, checked: bool) -> pa.Table:
+    uri = storage.join(folder, shard.records.name)
+    if storage.scheme_of(folder) == "file":
+        if checked:
+            shard.records.check(folder)
+        table = records.from_buffer(_map_buffer(uri), uri)
+    else:
+        table = records.from_buffer(shard.records.read(folder), uri)
+    if len(table) != shard.rows:
+        raise FormatError(f"{folder}: {shard.records.name} has {len(table)} rows, the manifest says {shard.rows}")
+    return table
+
+
+def _map_buffer(path: str) -> pa.Buffer:
+    try:
+        with pa.memory_map(path) as source:
+            return source.read_buffer()
+    except FileNotFoundError:
+        raise NotFound(f"{path} does not exist") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}") from None
+
+
+def _check_alike(folder: str, entry: FileEntry, found: Any, model: Any, rows: int) -> None:
+    alike = type(found) is type(model) and found.ntotal == rows and found.code_size == model.code_size
+    if not alike or (isinstance(model, faiss.IndexIVF) and found.nlist != model.nlist):
+        raise FormatError(f"{folder}: {entry.name} does not hold the {rows} rows of its manifest")
