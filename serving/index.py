@@ -81,12 +81,17 @@ class Index:
         """
         root = storage.normalize(uri)
         info = load_index_manifest(root, version)
+        cls.check_embedder(root, info, embedder)
+        return cls(root, info, shards, mode)
+
+    @staticmethod
+    def check_embedder(root: str, info: IndexManifest, embedder: str | None) -> None:
+        """Raise `EmbedderMismatch` when `embedder` is given and is not the index's."""
         if embedder is not None and embedder != info.embedder.fingerprint:
             raise EmbedderMismatch(
                 f"{root} was built with the embedder {info.embedder.fingerprint} ({info.embedder.backbone}), "
                 f"your vectors come from {embedder}: their distances mean nothing to each other"
             )
-        return cls(root, info, shards, mode)
 
     def __len__(self) -> int:
         return len(self._records)
