@@ -57,7 +57,7 @@ class Reduction:
             buffers = self._local.buffers = self._make_buffers()
         source = faiss.swig_ptr(vector)
         # FAISS's products use neither BLAS nor OpenMP, whose thread pools cost more than they save on one query.
-        for step, (out, pointer) in zip(self._maps, buffers, strict=True):
+        for step, (out, pointer) in zip(self._maps, buffers, strict=False):  # without a map there still is a buffer
             rows, columns = step.matrix.shape
             faiss.fvec_inner_products_ny(pointer, source, step.pointer, columns, rows)
             if step.normalized and length > 0:
