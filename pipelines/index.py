@@ -73,7 +73,7 @@ class IndexRequest:
             raise UsageError(f"--target-recall is {self.target_recall:g}; take more than 0, at most 1")
         if self.recall_against not in ("reduced", "raw"):
             raise UsageError(f"--recall-against is {self.recall_against}; take reduced or raw")
-        if self.max_latency_us is not None and self.max_latency_us <= 0:
+        if self.max_latency_us is not None and not self.max_latency_us > 0:  # NaN neither
             raise UsageError(f"--max-latency-us is {self.max_latency_us:g}; take more than 0 microseconds")
         _ = self.wishes  # checks what is said of the shape
 

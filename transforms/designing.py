@@ -16,7 +16,7 @@ SMALLEST = POINTS_PER_CENTROID * (1 << BITS)
 SAMPLE_BYTES = 1 << 30
 """What the training sample may take in memory; training holds some copies of it, reduced and not."""
 QUERIES = 1000
-"""Rows left out of training to measure with; a fifth of a small collection."""
+"""Rows left out of training to measure with; a fifth of a small collection, none where too few would be left."""
 GRAPH_FROM = 4096
 """From so many lists on a graph of the centroids (HNSW) finds the nearest faster than looking at them all."""
 
@@ -73,6 +73,8 @@ class Wishes:
             raise UsageError(f"--dim {self.dim} is odd; codes stand for {SUBVECTOR} dimensions each, take an even one")
         if self.nlist is not None and self.nlist < 1:
             raise UsageError(f"--nlist is {self.nlist}; take at least 1")
+        if self.max_bytes is not None and not self.max_bytes > 0:  # NaN neither
+            raise UsageError(f"--max-bytes-per-vector is {self.max_bytes:g}; take more than 0")
         if self.factory and (self.dim or self.nlist or self.faithful or self.max_bytes):
             raise UsageError(
                 "--index-factory says everything about the index's shape; leave out --dim, --nlist, "
@@ -82,7 +84,8 @@ class Wishes:
 
 def held_out(rows: int) -> int:
     """Return how many of `rows` are left out of training, to be asked with."""
-    return max(0, min(QUERIES, rows // 5, rows - SMALLEST))
+    spared = min(QUERIES, rows // 5)
+    return spared if rows - spared >= SMALLEST else 0  # a query or two would measure nothing
 
 
 def designs(rows: int, raw_dim: int, wishes: Wishes) -> list[Design]:
