@@ -209,14 +209,14 @@ def _params_cache(
 
 
 def _assemble(opened: Opened) -> tuple[Any, Any, tuple[Any, ...]]:
-    """Put the re-rank codes around the lists; 4-bit codes are packed for FastScan, whose ids stay the same.
+    """Put the re-rank codes around the lists; 4-bit codes in memory are packed for FastScan, whose ids stay the same.
 
     Returned are the index for batches, the one for single queries, and the parts of both, which FAISS holds by bare
     pointers: they must live as long as the wholes. The lists searched come first among the parts.
     """
     (segment,) = opened.segments
     plain = lists = single = segment.lists
-    if isinstance(lists, faiss.IndexIVFPQ) and lists.pq.nbits == 4:
+    if not opened.mapped and isinstance(lists, faiss.IndexIVFPQ) and lists.pq.nbits == 4:
         lists = faiss.IndexIVFPQFastScan(plain)
         plain.reset()  # packed now; what stays is the coarse quantizer, which both share
         single = faiss.IndexIVFPQFastScan(plain)
