@@ -155,8 +155,11 @@ def _refuse_unreadable(key: str, index: Any) -> None:
                 raise UsageError(f"--index-factory {key}: re-rank by Refine(SQ8), Refine(SQfp16) or RFlat")
             inner = faiss.downcast_index(inner.base_index)
         else:
+            steps = [faiss.downcast_VectorTransform(inner.chain.at(place)) for place in range(inner.chain.size())]
+            if not all(isinstance(step, faiss.LinearTransform | faiss.NormalizationTransform) for step in steps):
+                raise UsageError(f"--index-factory {key}: transform by PCA, OPQ, RR or L2norm")
             inner = faiss.downcast_index(inner.index)
-    if not isinstance(inner, faiss.IndexIVFPQ | faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer):
+    if type(inner) not in (faiss.IndexIVFPQ, faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer):  # no kinds of these
         raise UsageError(
             f"--index-factory {key}: take inverted lists (IVF…) of PQ, SQ or Flat codes, such as "
             "PCA128,IVF1024,PQ64x4fs,Refine(SQ8)"
