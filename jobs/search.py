@@ -26,6 +26,7 @@ class Options:
     index: str = option("the index to ask")
     image: tuple[str, ...] = option("pictures to ask with: paths or URIs", metavar="FILE")
     k: int = option("neighbours a picture", 10)
+    label: tuple[str, ...] = option("search among images of these labels alone", (), metavar="LABEL")
     json: bool = option("print JSON, one document", False)
     html: str | None = option("write a self-contained contact sheet here", None, metavar="OUT")
     version: str | None = option("ask this version instead of the current one", None)
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     if options.html is not None and storage.scheme_of(options.html) != "file":
         raise UsageError(f"--html is {options.html}; a contact sheet is written to a path on this machine")
     index = Index.open(options.index, version=options.version)
-    answers = [ask(index, storage.normalize(image), options.k) for image in options.image]
+    answers = [ask(index, storage.normalize(image), options.k, options.label) for image in options.image]
     print(as_json(answers) if options.json else as_text(answers))
     if index.info.embedder.untrained:
         print("lookalike search: this index's weights are untrained (random)", file=sys.stderr)
@@ -76,14 +77,14 @@ def write_report(where: str, text: str) -> None:
         raise StorageError(f"--html {path} cannot be written: {error.strerror or error}") from None
 
 
-def ask(index: Index, uri: str, k: int) -> Answer:
-    """Read one picture and search for it."""
+def ask(index: Index, uri: str, k: int, labels: Sequence[str] = ()) -> Answer:
+    """Read one picture and search for it, among the images of some labels where they are given."""
     try:
         data = storage.read(uri)
     except StorageError as error:
         return Answer(uri, None, (), str(error))
     try:
-        return Answer(uri, data, index.search_images([data], k)[0])
+        return Answer(uri, data, index.search_images([data], k, labels=labels or None)[0])
     except ImageRejected as error:
         return Answer(uri, data, (), f"{uri} cannot be used, {error.reason}: {error.message}")
 

@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the job."""
     options, _ = parse(TrainOptions, argv, "train", __doc__ or "")
     wanted = request(options)
-    trained = train_quantizer(wanted, load_run_manifest(wanted.store))
+    trained = train_quantizer(wanted, load_run_manifest(wanted.store), progress=console.Bar())
     shape = trained.design
     rows = [
         ("quantizer", trained.quantizer),

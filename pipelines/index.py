@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
 
-from pipelines.runner import Runner
+from pipelines.runner import Progress, Runner, Silent
 from serving import storage
 from serving.embedder import copy_artifact
 from serving.errors import Conflict, EmbedderMismatch, NotFound, TargetMissed, UsageError
@@ -107,11 +108,17 @@ def choose_designs(request: IndexRequest, run: RunManifest) -> list[Design]:
     return designs(run.live, run.dim, request.wishes)
 
 
-def train_quantizer(request: IndexRequest, run: RunManifest, shape: Design | None = None) -> TrainedDocument:
+def train_quantizer(
+    request: IndexRequest, run: RunManifest, shape: Design | None = None, progress: Progress | None = None
+) -> TrainedDocument:
     """Train on a deterministic sample of a run's live rows and keep the quantizer under its id."""
     shape = shape or choose_designs(request, run)[0]
     live = without_queries(live_rows(request.store, run, ("uri", "part", "row", "uri_hash")))
-    data = train(shape, run.dim, sample(live, shape.sample, SALT).vectors())
+    progress = progress or Silent()
+    with _shown(progress, "sample", shape.sample, "vector") as seen:
+        vectors = sample(live, shape.sample, SALT).vectors(seen)
+    with _shown(progress, "train", 1, "quantizer"):
+        data = train(shape, run.dim, vectors)
     data = stamp(data, run.embedder.fingerprint)
     quantizer = Quantizer(data)
     trained = TrainedDocument(
@@ -169,7 +176,7 @@ def build_version(request: IndexRequest, run: RunManifest, trained: TrainedDocum
     _encode(request, run, trained.quantizer, runner)
     _merge(request, run, trained.quantizer, version, shards, runner)
     manifest = _describe(request, run, trained, version, shards)
-    manifest = _measured(request, run, trained.design, manifest)
+    manifest = _measured(request, run, trained.design, manifest, runner.progress)
     _refuse_broken_promises(request, manifest)
     if not storage.create(storage.join(folder, "manifest.json"), manifest.to_json()):
         return IndexManifest.load(storage.join(folder, "manifest.json"))  # another run finished the same version
@@ -207,7 +214,7 @@ def _build_first_that_keeps_its_promise(request: IndexRequest, run: RunManifest,
     missed: list[TargetMissed] = []
     for shape in shapes:
         try:
-            return build_version(request, run, train_quantizer(request, run, shape), runner)
+            return build_version(request, run, train_quantizer(request, run, shape, runner.progress), runner)
         except TargetMissed as error:
             missed.append(error)
     raise (
@@ -320,11 +327,25 @@ def _describe(
     )
 
 
-def _measured(request: IndexRequest, run: RunManifest, shape: Design, manifest: IndexManifest) -> IndexManifest:
+def _measured(
+    request: IndexRequest, run: RunManifest, shape: Design, manifest: IndexManifest, progress: Progress
+) -> IndexManifest:
     """Open the version as a reader would, tune it, and record what was measured."""
     index = Index(request.index, manifest)
     quantizer = load_quantizer(request.index, manifest.quantizer)
-    probe = make_probe(live_rows(request.store, run, ("uri", "label", "part", "row", "uri_hash")), quantizer)
+    live = live_rows(request.store, run, ("uri", "label", "part", "row", "uri_hash"))
+    with _shown(progress, "search exactly", len(live), "vector") as seen:
+        probe = make_probe(live, quantizer, seen=seen)
     tuned = tune(index, shape, probe, request.target_recall or TARGET, request.recall_against)
     measured = measure(index, shape, probe, tuned.settings, quantizer)
     return dataclasses.replace(manifest, search=tuned.settings, measured=measured)
+
+
+@contextmanager
+def _shown(progress: Progress, stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show a stage that the launcher does itself; give the function to tell how much of it is done."""
+    progress.start(stage, total, unit)
+    try:
+        yield lambda done: progress.update(done, 0)
+    finally:
+        progress.finish()

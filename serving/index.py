@@ -257,9 +257,11 @@ class Index:
     def _hits(self, scores: list[float], found: list[int]) -> list[Hit]:
         if found and found[-1] < 0:
             scores, found = scores[: found.index(-1)], found[: found.index(-1)]
-        renumber = self._numbering.one
+        if scores and (scores[0] > 1 or scores[-1] < -1):  # by a rounding
+            scores = [max(-1.0, min(1.0, score)) for score in scores]
+        renumber, make = self._numbering.one, tuple.__new__  # a NamedTuple's own constructor takes twice as long
         return [
-            Hit(uri, label, max(-1.0, min(1.0, score)), row if renumber is None else renumber(row))
+            make(Hit, (uri, label, score, row if renumber is None else renumber(row)))
             for (uri, label), score, row in zip(self._records.uris_and_labels(found), scores, found, strict=True)
         ]
 

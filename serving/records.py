@@ -32,30 +32,30 @@ class _Strings:
 
     def __init__(self, column: pa.Array) -> None:
         _, offsets, data = column.buffers()
-        self._first = column.offset
-        self._offsets = memoryview(offsets).cast("i") if offsets else memoryview(b"")
-        self._data = memoryview(data) if data else memoryview(b"")
+        self.first = column.offset
+        self.offsets = memoryview(offsets).cast("i") if offsets else memoryview(b"")
+        self.data = memoryview(data) if data else memoryview(b"")
 
     def __getitem__(self, row: int) -> str:
-        at = self._first + row
-        return str(self._data[self._offsets[at] : self._offsets[at + 1]], "utf-8")
+        at = self.first + row
+        return str(self.data[self.offsets[at] : self.offsets[at + 1]], "utf-8")
 
 
 class _Labels:
     """A dictionary column; its dictionary is decoded once."""
 
     def __init__(self, column: pa.DictionaryArray) -> None:
-        self._names: list[str | None] = [*column.dictionary.to_pylist(), None]
+        self.names: list[str | None] = [*column.dictionary.to_pylist(), None]
         # The last name, None, stands for the missing.
-        self._codes = memoryview(column.indices.fill_null(-1).to_numpy())
+        self.codes = memoryview(column.indices.fill_null(-1).to_numpy())
 
     def __getitem__(self, row: int) -> str | None:
-        return self._names[self._codes[row]]
+        return self.names[self.codes[row]]
 
     def among(self, labels: Collection[str]) -> npt.NDArray[np.bool_]:
         """Tell of each row whether its label is one of these."""
-        wanted = np.array([name is not None and name in labels for name in self._names])
-        found: npt.NDArray[np.bool_] = wanted[np.asarray(self._codes)]
+        wanted = np.array([name is not None and name in labels for name in self.names])
+        found: npt.NDArray[np.bool_] = wanted[np.asarray(self.codes)]
         return found
 
 
@@ -65,10 +65,13 @@ class Records:
     def __init__(self, shards: Sequence[pa.Table]) -> None:
         self._shards: list[tuple[_Strings, _Labels, _Strings]] = []
         self._starts: list[int] = []
+        self._spans: list[tuple[int, memoryview, memoryview, list[str | None], memoryview]] = []
         self._count = 0
         for shard in shards:
-            uri, label, etag = (shard.column(name).combine_chunks() for name in SCHEMA.names)
-            self._shards.append((_Strings(uri), _Labels(label), _Strings(etag)))
+            uri, label, etag = (_one_chunk(shard.column(name)) for name in SCHEMA.names)
+            uris, labels = _Strings(uri), _Labels(label)
+            self._shards.append((uris, labels, _Strings(etag)))
+            self._spans.append((uris.first, uris.offsets, uris.data, labels.names, labels.codes))
             self._starts.append(self._count)
             self._count += len(shard)
 
@@ -87,12 +90,13 @@ class Records:
     def uris_and_labels(self, rows: Sequence[int]) -> list[tuple[str, str | None]]:
         """Return what a search answers with; `rows` must be rows there are."""
         found = []
-        starts, shards = self._starts, self._shards
-        for row in rows:
-            shard = bisect.bisect_right(starts, row) - 1
-            local = row - starts[shard]
-            uri, label, _ = shards[shard]
-            found.append((uri[local], label[local]))
+        starts, spans, find = self._starts, self._spans, bisect.bisect_right
+        for row in rows:  # the columns' own item access would cost a call each, twice what it does
+            shard = find(starts, row) - 1
+            row -= starts[shard]
+            first, offsets, data, names, codes = spans[shard]
+            at = first + row
+            found.append((str(data[offsets[at] : offsets[at + 1]], "utf-8"), names[codes[row]]))
         return found
 
     def labelled(self, labels: Collection[str]) -> npt.NDArray[np.int64]:
@@ -102,6 +106,11 @@ class Records:
             for (_, label, _), start in zip(self._shards, self._starts, strict=True)
         ]
         return np.concatenate([np.empty(0, np.int64), *found])
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    # Combining copies even where there is nothing to combine, and so reads what is only mapped.
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def to_bytes(table: pa.Table) -> bytes:

@@ -55,16 +55,19 @@ def open_memory(folder: str, shards: Sequence[Shard], quantizer: Quantizer) -> O
     """Load shards, every file checked against its checksum. Records and raw codes are mapped where files are local."""
     lists, refine = quantizer.empty_lists(), quantizer.empty_refine()
     start = 0
+    if refine is not None:
+        refine.ntotal = sum(shard.rows for shard in shards)
+        refine.codes.resize(refine.ntotal * refine.code_size)  # once; growing copies what is there
     for shard in shards:
-        found = _read_faiss(folder, shard.lists)
+        found = _read_faiss(folder, shard.lists)  # emptied as it is merged, which mapped lists refuse
         _check_alike(folder, shard.lists, found, lists, shard.rows)
         lists.invlists.merge_from(found.invlists, start)
         lists.ntotal += shard.rows
         if refine is not None:
             entry = _entry(folder, shard.refine, shard, "re-rank codes")
-            found = _read_faiss(folder, entry)
+            found = _load_faiss(folder, entry)
             _check_alike(folder, entry, found, refine, shard.rows)  # FAISS would read past their end
-            refine.merge_from(found)
+            code_view(refine)[start : start + shard.rows] = code_view(found)
         start += shard.rows
     rescoring = None if refine is None else Rescoring(refine, [code_view(refine)], refine)
     tables = [_records(folder, shard, checked=True) for shard in shards]
@@ -99,12 +102,7 @@ def _open_raw(folder: str, shards: Sequence[Shard], quantizer: Quantizer, checke
     found = []
     for shard in shards:
         entry = _entry(folder, shard.raw, shard, "codes of whole vectors")
-        if storage.scheme_of(folder) == "file":
-            if checked:
-                entry.check(folder)
-            found.append(_map_faiss(folder, entry))
-        else:
-            found.append(_read_faiss(folder, entry))
+        found.append(_load_faiss(folder, entry) if checked else _map_faiss(folder, entry))
         _check_alike(folder, entry, found[-1], quantizer.raw, shard.rows)
     return Rescoring(quantizer.raw, [code_view(store) for store in found], found)
 
@@ -113,6 +111,14 @@ def _entry(folder: str, entry: FileEntry | None, shard: Shard, what: str) -> Fil
     if entry is None:
         raise FormatError(f"{folder}: the manifest names no {what} for shard {shard.number}")
     return entry
+
+
+def _load_faiss(folder: str, entry: FileEntry) -> Any:
+    """Check a file and load it; a local one is mapped, for what is copied out of it need not be read into memory."""
+    if storage.scheme_of(folder) == "file":
+        entry.check(folder)
+        return _map_faiss(folder, entry)
+    return _read_faiss(folder, entry)
 
 
 def _read_faiss(folder: str, entry: FileEntry) -> Any:

@@ -1,6 +1,6 @@
 """Queries to measure an index with, and their exact neighbours in the raw and in the index's own space."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +73,13 @@ def without_queries(live: LiveRows) -> LiveRows:
     return live.without(asked) if spared else live
 
 
-def make_probe(live: LiveRows, quantizer: Quantizer, queries: int | None = None) -> Probe:
-    """Choose queries and search for them exactly in float32, streaming over all live rows."""
+def make_probe(
+    live: LiveRows, quantizer: Quantizer, queries: int | None = None, seen: Callable[[int], None] | None = None
+) -> Probe:
+    """Choose queries and search for them exactly in float32, streaming over all live rows.
+
+    `seen` is told how many rows were looked at so far.
+    """
     asked, spared = queries_of(live)
     if queries is not None:
         asked = asked.take(np.arange(min(queries, len(asked))))
@@ -86,9 +91,13 @@ def make_probe(live: LiveRows, quantizer: Quantizer, queries: int | None = None)
         own_of[place] = own.get(uri, -1)
     spaces = {"raw": _unit, "reduced": quantizer.reduce}
     nearest = {name: _Nearest(space(vectors)) for name, space in spaces.items()}
+    looked_at = 0
     for places, chunk in live.chunks():
         for name, space in spaces.items():
             nearest[name].add(space(chunk), places, own_of[places])
+        looked_at += len(places)
+        if seen is not None:
+            seen(looked_at)
     found = {name: best.neighbours(uris) for name, best in nearest.items()}
     return Probe(asked, vectors, found["raw"], found["reduced"], spared)
 

@@ -1,6 +1,6 @@
 """Deterministic samples of a store's live rows, and their vectors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,11 +41,15 @@ class LiveRows:
         values: list[str | None] = self.table[name].to_pylist()
         return values
 
-    def vectors(self) -> npt.NDArray[np.float32]:
-        """Read the rows' raw vectors, float32 `[N, dim]`."""
+    def vectors(self, seen: Callable[[int], None] | None = None) -> npt.NDArray[np.float32]:
+        """Read the rows' raw vectors, float32 `[N, dim]`; `seen` is told how many there are so far."""
         vectors = np.empty((len(self), self.dim), np.float32)
+        done = 0
         for places, found in self.chunks():
             vectors[places] = found
+            done += len(places)
+            if seen is not None:
+                seen(done)
         return vectors
 
     def chunks(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
