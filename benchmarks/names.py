@@ -1,12 +1,9 @@
 """What the image of a generated vector is called; apart, so that a process that searches loads nothing of embedding."""
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 
-from serving.manifest import IndexManifest
-from transforms.schema import hash_range, uri_hash
+from transforms.schema import uri_hash
 
 
 def uri_of(number: int) -> str:
@@ -19,9 +16,6 @@ def number_of(uri: str) -> int:
     return int(uri[7:-4])
 
 
-def numbering(info: IndexManifest) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
-    """Return a function from an index's rows to the numbers of the vectors: a shard's rows are sorted by uri."""
-    hashes = np.array([uri_hash(uri_of(number)) for number in range(info.rows)], np.uint64)
-    ends = [np.uint64(hash_range(shard.buckets)[1]) for shard in info.shards]
-    numbers = np.argsort(np.searchsorted(ends, hashes), kind="stable")
-    return lambda rows: np.where(rows < 0, rows, numbers[rows])
+def numbering(count: int) -> npt.NDArray[np.int64]:
+    """Return the number of the vector in each row of an index of `count`: rows are sorted by their uri's hash."""
+    return np.argsort(np.array([uri_hash(uri_of(number)) for number in range(count)], np.uint64))

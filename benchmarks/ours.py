@@ -9,7 +9,6 @@ too, where only NumPy and the one library are installed: whatever else is needed
 
 import dataclasses
 import importlib
-import inspect
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,10 @@ from benchmarks.peers import worker
 from benchmarks.peers.libraries import LIBRARIES
 from benchmarks.peers.protocol import Array
 
-_RERANKS = (20, 40, 80, 160, 320, 640)
+_RERANKS = (20, 30, 40, 60, 80, 120, 160, 320, 640)
+_RERANKS_RAW, _RERANKS_BEFORE = (20, 30, 40, 60, 80, 120, 160, 240, 320), (20, 320)
+"""Where whole vectors have the last word; at least twice as many candidates are ranked before."""
+_K = 10
 _BEST_FIRST = 11
 """FAISS's number for the FastScan that suits single queries, which our index takes for them too."""
 
@@ -48,8 +50,8 @@ class Ours:
         self.open = importlib.import_module("serving.index").Index.open
         self.names = importlib.import_module("benchmarks.names")
         self.index: Any = None
-        self.rows: Callable[[Array], Array] | None = None
-        self.effort: dict[str, Any] = {}
+        self.numbers: Array = None
+        self.settings: Any = None
         self.building: Path | None = None
 
     def build(self, vectors: Array, threads: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,25 +76,22 @@ class Ours:
         self.knobs = _knobs(self.index.info)
 
     def set_effort(self, **knobs: int) -> None:
-        # Releases before 0.2 take these two by name, later ones all there are as one object.
-        whole = "settings" in inspect.signature(self.index.search).parameters
-        self.effort = {"settings": dataclasses.replace(self.index.info.search, **knobs)} if whole else dict(knobs)
+        self.settings = _settings(self.index.info, knobs)
 
     def search(self, query: Array, k: int) -> Any:
-        return Answer(self.index.search(query, k, **self.effort), self._named)
+        return Answer(self.index.search(query, k, settings=self.settings), self._named)
 
     def search_batch(self, queries: Array, k: int) -> Any:
-        if not hasattr(self.index, "search_rows"):
-            return [Answer([hits], self._named) for hits in self.index.search(queries, k, **self.effort)]
-        rows = self.index.search_rows(queries, k, **self.effort)[1]
+        _, rows = self.index.search_rows(queries, k, settings=self.settings)
         return [Answer(each, self._numbered) for each in rows]
 
     def _named(self, answer: Any) -> list[int]:
         return [self.names.number_of(hit.uri) for hit in answer[0]]
 
     def _numbered(self, rows: Array) -> Array:
-        self.rows = self.rows or self.names.numbering(self.index.info)
-        return self.rows(rows)
+        if self.numbers is None:
+            self.numbers = self.names.numbering(len(self.index))
+        return np.where(rows < 0, rows, self.numbers[rows])
 
 
 class Bare:
@@ -105,8 +104,8 @@ class Bare:
         self.names = importlib.import_module("benchmarks.names")
         self.index: Any = None
         self.info: Any = None
-        self.rows: Callable[[Array], Array] | None = None
-        self.effort: dict[str, int] = {}
+        self.numbers: Array = None
+        self.settings: Any = None
         self.parts: tuple[Any, ...] = ()
 
     def build(self, vectors: Array, threads: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,8 +135,8 @@ class Bare:
         self.knobs = _knobs(self.info)
 
     def set_effort(self, **knobs: int) -> None:
-        self.effort = knobs
-        self.parameters = self._parameters(10)
+        self.settings = _settings(self.info, knobs)
+        self.parameters = self._parameters(_K)
         self.parts[4].implem = _BEST_FIRST
 
     def search(self, query: Array, k: int) -> Any:
@@ -150,17 +149,18 @@ class Bare:
         return [Answer(each, self._numbered) for each in rows]
 
     def _parameters(self, k: int) -> Any:
-        faiss = self.faiss
+        faiss, settings = self.faiss, self.settings
         graph = isinstance(faiss.downcast_index(self.parts[2].quantizer), faiss.IndexHNSW)
-        efforts = (getattr(self.info.search, "ef_search", 0), self.effort["nprobe"])
-        coarse = faiss.SearchParametersHNSW(efSearch=max(efforts)) if graph else None
-        visits = faiss.SearchParametersIVF(nprobe=self.effort["nprobe"], quantizer_params=coarse)
-        ranks = faiss.IndexRefineSearchParameters(k_factor=self.effort["rerank"] / k, base_index_params=visits)
+        effort = max(settings.ef_search, settings.nprobe)
+        coarse = faiss.SearchParametersHNSW(efSearch=effort) if graph else None
+        visits = faiss.SearchParametersIVF(nprobe=settings.nprobe, quantizer_params=coarse)
+        ranks = faiss.IndexRefineSearchParameters(k_factor=settings.rerank / k, base_index_params=visits)
         return faiss.SearchParametersPreTransform(index_params=ranks)
 
     def _numbered(self, rows: Array) -> Array:
-        self.rows = self.rows or self.names.numbering(self.info)
-        return self.rows(rows)
+        if self.numbers is None:
+            self.numbers = self.names.numbering(self.info.rows)
+        return np.where(rows < 0, rows, self.numbers[rows])
 
 
 class Reduction:
@@ -198,10 +198,16 @@ class Reduction:
 
 
 def _knobs(info: Any) -> dict[str, Sequence[int]]:
-    knobs: dict[str, Sequence[int]] = {"nprobe": (1, info.parameters["nlist"]), "rerank": _RERANKS}
-    if getattr(info.search, "rerank_raw", 0):  # whole vectors have the last word, and how many is a third knob
-        knobs |= {"rerank": _RERANKS[1::2], "rerank_raw": _RERANKS[:-1]}
-    return knobs
+    lists = (1, info.parameters["nlist"])
+    if info.search.rerank_raw:
+        return {"nprobe": lists, "rerank": _RERANKS_BEFORE, "rerank_raw": _RERANKS_RAW}
+    return {"nprobe": lists, "rerank": _RERANKS}
+
+
+def _settings(info: Any, knobs: Mapping[str, int]) -> Any:
+    """Return settings like the index's own; a graph of centroids is searched as far beyond the lists to visit."""
+    beyond = info.search.ef_search / info.search.nprobe
+    return dataclasses.replace(info.search, **knobs, ef_search=round(knobs["nprobe"] * beyond))
 
 
 def recall(self: worker.Worker, queries: str, truths: Sequence[str], k: int = 10) -> worker.Answer:

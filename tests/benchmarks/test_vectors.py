@@ -2,6 +2,7 @@
 
 import json
 
+import faiss
 import numpy as np
 import pytest
 
@@ -10,6 +11,15 @@ from pipelines import index
 from pipelines.runner import Runner
 from serving.index import Index
 from serving.manifest import load_run_manifest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other on a busy machine take longer than one."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(threads)
 
 
 def seeds(count=60, dim=24):
@@ -138,6 +148,4 @@ def test_an_index_of_a_store_finds_every_vector_under_its_name(indexed):
     answers = [hits[0] for hits in opened.search(np.load(folder / "x.npy"), 1, nprobe=10_000, rerank=200)]
     assert [hit.uri for hit in answers] == [names.uri_of(number) for number in range(2000)]
     assert {hit.label for hit in answers if names.number_of(hit.uri) % 7 == 3} == {"label 3"}
-    numbers = names.numbering(opened.info)
-    np.testing.assert_array_equal(numbers(np.array([hit.row for hit in answers])), np.arange(2000))
-    assert numbers(np.array([-1])) == [-1]
+    np.testing.assert_array_equal(names.numbering(2000)[[hit.row for hit in answers]], np.arange(2000))
