@@ -67,6 +67,12 @@ def built(made, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def built_faithful(made, tmp_path_factory) -> Path:
+    """An index of `made` that ranks by whole vectors at last, in three shards, 16 dimensions."""
+    return build(made, tmp_path_factory.mktemp("faithful") / "index", dim=16, shards=3, recall_against="raw")
+
+
+@pytest.fixture(scope="session")
 def built_small(made_small, tmp_path_factory) -> Path:
     """The exact index of `made_small`, in three shards."""
     return build(made_small, tmp_path_factory.mktemp("built-small") / "index", shards=3)
@@ -103,10 +109,22 @@ def index_copy(built, tmp_path) -> Copy:
     return Copy(Path(shutil.copytree(built, tmp_path / "index")))
 
 
+@pytest.fixture
+def faithful_copy(built_faithful, tmp_path) -> Copy:
+    """A copy of the index that ranks by whole vectors at last."""
+    return Copy(Path(shutil.copytree(built_faithful, tmp_path / "index")))
+
+
 @pytest.fixture(scope="session")
 def quantizer(built) -> Quantizer:
     """The trained quantizer of `built`."""
     return load_quantizer(str(built), load_index_manifest(str(built)).quantizer)
+
+
+@pytest.fixture(scope="session")
+def quantizer_faithful(built_faithful) -> Quantizer:
+    """The quantizer of `built_faithful`, which keeps codes of whole vectors."""
+    return load_quantizer(str(built_faithful), load_index_manifest(str(built_faithful)).quantizer)
 
 
 @pytest.fixture(scope="session")

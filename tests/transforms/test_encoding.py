@@ -28,7 +28,7 @@ def encoded(store, run, quantizer):
     found = {}
     for part in run.parts:
         table = encode_part(f"{store}/{part.name}", quantizer)
-        assert table.schema == partial_schema(quantizer.code_size, quantizer.refine_size)
+        assert table.schema == partial_schema(quantizer.code_size, quantizer.refine_size, quantizer.raw_size)
         columns = [table[name].to_pylist() for name in table.column_names]
         for hashed, row, *codes in zip(*columns, strict=True):
             assert hashed not in found
@@ -46,7 +46,7 @@ def write_part(path, outcomes, row_group=7):
 # Codes
 
 
-@pytest.mark.parametrize("kind", ["quantizer", "quantizer_small"])
+@pytest.mark.parametrize("kind", ["quantizer", "quantizer_faithful", "quantizer_small"])
 def test_codes_depend_on_their_row_alone(request, kind):
     quantizer = request.getfixturevalue(kind)
     vectors = stores.clustered(BATCH + 300, quantizer.dim, seed=1)
@@ -54,11 +54,15 @@ def test_codes_depend_on_their_row_alone(request, kind):
     order = np.random.default_rng(0).permutation(len(vectors))
     shuffled = quantizer.encode(vectors[order])
     pieces = [quantizer.encode(piece) for piece in np.array_split(vectors[:200], [1, 2, 5, 60, 61])]
-    np.testing.assert_array_equal(shuffled.codes, whole.codes[order])
-    np.testing.assert_array_equal(np.concatenate([piece.codes for piece in pieces]), whole.codes[:200])
-    if quantizer.refine_size:
-        np.testing.assert_array_equal(shuffled.refine, whole.refine[order])
-        np.testing.assert_array_equal(np.concatenate([piece.refine for piece in pieces]), whole.refine[:200])
+    sizes = {"codes": quantizer.code_size, "refine": quantizer.refine_size, "raw": quantizer.raw_size}
+    for name, size in sizes.items():
+        codes = getattr(whole, name)
+        if not size:
+            assert codes is None
+            continue
+        assert codes.shape == (len(vectors), size)
+        np.testing.assert_array_equal(getattr(shuffled, name), codes[order])
+        np.testing.assert_array_equal(np.concatenate([getattr(piece, name) for piece in pieces]), codes[:200])
 
 
 def test_codes_are_those_of_faiss(quantizer):
@@ -105,13 +109,18 @@ def test_a_partial_holds_each_embedded_row_once_sorted_by_hash(made, quantizer):
     assert table["uri_hash"].to_pylist() == sorted(expected.values())
 
 
-def test_partials_hold_the_codes_of_their_rows(made, quantizer):
+@pytest.mark.parametrize("kind", ["quantizer", "quantizer_faithful", "quantizer_small"])
+def test_partials_hold_the_codes_of_their_rows(request, kind):
+    quantizer = request.getfixturevalue(kind)
+    made = request.getfixturevalue("made_small" if kind == "quantizer_small" else "made")
     found = encoded(made.root, made.run, quantizer)
     codes = quantizer.encode(made.vectors)
+    kept = [each for each in (codes.codes, codes.refine, codes.raw) if each is not None]
+    assert len(kept) == {"quantizer": 2, "quantizer_faithful": 3, "quantizer_small": 1}[kind]
     assert found.keys() == {uri_hash(uri) for uri in made.uris}
     assert not found.keys() & {uri_hash(uri) for uri in made.rejected}
     for number, uri in enumerate(made.uris):
-        assert found[uri_hash(uri)][1] == [codes.codes[number].tobytes(), codes.refine[number].tobytes()]
+        assert found[uri_hash(uri)][1] == [each[number].tobytes() for each in kept]
 
 
 @pytest.mark.parametrize("unit_size", [17, 5000])

@@ -44,6 +44,16 @@ def test_some_rows_in_any_order_with_repeats(made, rows, count):
     np.testing.assert_array_equal(taken.vectors(), made.vectors[chosen])
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 1200])
+def test_all_rows_but_some(made, rows, count):
+    some = rows.take(np.random.default_rng(count).permutation(len(rows))[:count])
+    kept = rows.without(some)
+    left = [uri for uri in rows.column("uri") if uri not in set(some.column("uri"))]
+    assert kept.column("uri") == left
+    assert len(left) == len(rows) - count
+    np.testing.assert_array_equal(kept.vectors(), made.vectors[[made.uris.index(uri) for uri in left]].reshape(-1, 32))
+
+
 def test_chunks_cover_every_row_once(made, rows):
     seen = np.zeros(len(rows), int)
     chunks = 0

@@ -121,13 +121,13 @@ def test_a_part_holds_vectors_of_the_precision_asked_for(precision, number):
 
 
 @pytest.mark.parametrize(
-    ("refine", "names"), [(0, ["uri_hash", "row", "code"]), (16, ["uri_hash", "row", "code", "refine"])]
+    ("refine", "raw", "names"), [(0, 0, []), (16, 0, ["refine"]), (16, 32, ["refine", "raw"]), (0, 32, ["raw"])]
 )
-def test_a_partial_has_re_rank_codes_where_there_are_any(refine, names):
-    fields = partial_schema(5, refine)
-    assert fields.names == names
-    assert fields.field("code").type.byte_width == 5
-    assert not refine or fields.field("refine").type.byte_width == refine
+def test_a_partial_has_codes_to_rank_again_by_where_there_are_any(refine, raw, names):
+    fields = partial_schema(5, refine, raw)
+    assert fields.names == ["uri_hash", "row", "code", *names]
+    widths = [fields.field(name).type.byte_width for name in ("code", *names)]
+    assert widths == [5, *({"refine": 16, "raw": 32}[name] for name in names)]
 
 
 def test_some_columns_are_read_alone(tmp_path):
