@@ -23,6 +23,7 @@ soak: $(READY)  ## the long tests: SOAK="-k small" takes some
 
 bench: $(READY)  ## each prints one table
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.lookup --vectors 10000
 
 lock: $(READY)  ## pin what CI installs, from the ranges in pyproject.toml
 	$(BIN)/pip install --quiet "uv<1"
