@@ -8,7 +8,8 @@ theirs. *Raw*: all hold what they keep of the raw vectors, and recall is against
 system in a process of its own; single queries are asked in rounds that go round all systems that are open, and figures
 are medians over the rounds. Bytes are resident: anonymous memory, and beside it the pages touched of mapped files.
 
-With `--work`, what was generated, embedded and built is kept and used again.
+With `--work`, what was generated, embedded and built is kept and used again; after a change to how indexes are built,
+remove the folders `ours-*` in it.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 import faiss
 
 from benchmarks import plots
-from benchmarks.collection import Collection
+from benchmarks.collection import Collection, Space
 from benchmarks.peers.environments import REQUIREMENTS
 from benchmarks.rounds import Measured, System, build, compare
 from jobs.console import table
@@ -56,10 +57,7 @@ def reduced(collection: Collection, peers: Sequence[str], target: float, rounds:
 
     bare, mapped = beside("bare FAISS", "bare"), beside("lookalike, mapped", "ours", mode="mmap")
     own = [wide, bare, narrow, mapped, beside(_REDUCTION, "reduction")]
-    others = [
-        System(_title(name), name, collection.folder / f"reduced-{name}", space.vectors, space.queries, space.truth)
-        for name in peers
-    ]
+    others = _peers(peers, space)
     results = compare(own, others, collection.raw.truth, target, rounds, threads)
     reduction = results.pop(_REDUCTION)
     if reduction.absent is not None:
@@ -77,10 +75,7 @@ def raw(collection: Collection, peers: Sequence[str], target: float, rounds: int
     """Compare by the raw vectors."""
     space = collection.raw
     own = _ours(collection, "for raw", {"recall_against": "raw", "target_recall": target})
-    others = [
-        System(_title(name), name, collection.folder / f"raw-{name}", space.vectors, space.queries, space.truth)
-        for name in peers
-    ]
+    others = _peers(peers, space)
     return Compared("raw", compare([own], others, space.truth, target, rounds, threads), [])
 
 
@@ -114,8 +109,13 @@ def _ours(collection: Collection, what: str, request: Mapping[str, Any]) -> Syst
     return System(f"lookalike, {what}", "ours", folder, space.vectors, space.queries, space.truth, params)
 
 
-def _title(name: str) -> str:
-    return "faiss, exact" if name == "faiss" else name
+def _peers(names: Sequence[str], space: Space) -> list[System]:
+    """Keep each peer beside the vectors it holds: an index trained anew has another space."""
+    titles = {"faiss": "faiss, exact"}
+    folder = space.vectors.parent
+    return [
+        System(titles.get(name, name), name, folder / name, space.vectors, space.queries, space.truth) for name in names
+    ]
 
 
 def add_reduction(found: Measured, reduction: Measured) -> None:
