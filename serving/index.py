@@ -234,7 +234,9 @@ class Index:
             widest = SearchSettings(nlist, max(settings.rerank, depth), nlist, settings.rerank_raw)
             scores[short], rows[short] = self._lists.many(reduced[short], depth, widest, selection)
             short = (rows[:, :k] < 0).any(axis=1)
-        if short.any() and self._lists.can_scan:  # FastScan finds nothing for a query that is as far from every code
+        if not self._lists.can_scan:
+            short = rows[:, 0] < 0
+        if short.any():  # FastScan finds nothing for a query that is as far from every code
             chosen = None if selection is None else selection.rows
             scores[short], rows[short] = self._lists.scan(reduced[short], depth, chosen)
         return (scores, rows) if self._raw is None else self._rank_raw(queries, rows, k)

@@ -1,6 +1,7 @@
 """Search the inverted lists of opened shards: one coarse search for all of them, then codes, then a second ranking."""
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,9 +97,14 @@ class Lists:
         return self._preassigned(reduced, k, settings, selection)
 
     def scan(self, reduced: Floats, k: int, rows: Rows | None = None) -> tuple[Floats, Rows]:
-        """Rank all of `rows` (or all there are) by their re-rank codes; there must be such codes."""
-        assert self._refine is not None
+        """Rank all of `rows` (or all there are) by their re-rank codes.
+
+        Where there are no such codes, all rows are taken to be as near as one another, and the first are returned.
+        """
         chosen = np.arange(self.rows) if rows is None else rows
+        if self._refine is None:
+            chosen = chosen[:k]
+            return _stacked([(np.full(len(chosen), score), chosen) for score in reduced @ self._some_vector()], k)
         return _stacked([self._refine.best(query, chosen, k) for query in reduced], k)
 
     def select(self, rows: Rows) -> Selection:
@@ -109,6 +115,15 @@ class Lists:
     def can_scan(self) -> bool:
         """Tell whether there are re-rank codes."""
         return self._refine is not None
+
+    def _some_vector(self) -> Floats:
+        """Return what the code of some row stands for."""
+        for segment, number in itertools.product(self._segments, range(self.nlist)):
+            if segment.lists.invlists.list_size(number):
+                break
+        decoded = np.empty(segment.lists.d, np.float32)
+        segment.lists.reconstruct_from_offset(number, 0, faiss.swig_ptr(decoded))
+        return decoded
 
     def _preassigned(
         self, reduced: Floats, k: int, settings: SearchSettings, selection: Selection | None
