@@ -1,25 +1,26 @@
 """Searching an index: right answers, the same ones however it is cut and opened, and clear refusals."""
 
 import dataclasses
-import functools
 import gc
 import itertools
 import resource
-import shutil
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import faiss
+import indexes
 import numpy as np
 import pictures
 import pytest
 import signed
 import stores
+from indexes import Built, assert_best, assert_same, queries_for, recall, scores_of, uris_of
 
-from pipelines.index import IndexRequest, build_version, load_trained, run
+from pipelines.index import IndexRequest, run
 from pipelines.runner import Runner
 from serving import Index, embedder, storage
 from serving.errors import (
@@ -32,98 +33,15 @@ from serving.errors import (
     UsageError,
 )
 from serving.index import Hit
-from serving.manifest import FileEntry, IndexManifest, RunManifest, move_current, read_current
-from serving.quantizer import Quantizer
-from transforms.measuring import make_probe
+from serving.manifest import FileEntry, SearchSettings, move_current, read_current
 
 RAW, DIM, ROWS = 48, 24, 1200
 LABELS = ("cat", "dög", None)
-
-
-@dataclass(frozen=True)
-class Built:
-    """A published index, and what went into it."""
-
-    root: Path
-    vectors: np.ndarray
-    store: RunManifest
-    manifest: IndexManifest
-
-    @property
-    def index(self) -> str:
-        return str(self.root / "index")
-
-    @property
-    def folder(self) -> Path:
-        return self.root / "index" / "versions" / self.manifest.version
-
-    @property
-    def uris(self) -> list[str]:
-        return [f"/made/{number:06}.jpg" for number in range(len(self.vectors))]
-
-    @functools.cached_property
-    def whole(self) -> Index:
-        return Index.open(self.index)
-
-    @property
-    def exhaustive(self) -> dict[str, int]:
-        return {"nprobe": self.manifest.parameters["nlist"], "rerank": self.manifest.rows}
-
-    @property
-    def quantizer(self) -> Quantizer:
-        return Quantizer((self.folder / self.manifest.trained.name).read_bytes())
-
-    def cosines(self, queries: np.ndarray) -> np.ndarray:
-        """Every row's true score, in the space of the index."""
-        return self.quantizer.reduce(queries) @ self.quantizer.reduce(self.vectors).T
-
-    def nearest(self, queries: np.ndarray, k: int) -> list[list[str]]:
-        order = np.argsort(-self.cosines(queries), axis=1, kind="stable")[:, :k]
-        return [[self.uris[place] for place in places] for places in order]
-
-
-def build(root: Path, rows: int, raw: int, dim: int, shards: int, seed: int = 0) -> Built:
-    vectors = stores.clustered(rows, raw, seed=seed)
-    labels = [LABELS[number % len(LABELS)] for number in range(rows)]
-    made = stores.write_store(root / "store", vectors, labels=labels)
-    manifest, _ = run(request(root, dim, shards), Runner())
-    return Built(root, vectors, made, manifest)
+MODES = ("memory", "mmap")
 
 
 def request(root: Path, dim: int, shards: int) -> IndexRequest:
     return IndexRequest(str(root / "store"), str(root / "index"), dim=dim, shards=shards)
-
-
-def cut(built: Built, shards: int) -> Index:
-    """Another version of the same rows and quantizer, in so many shards."""
-    trained = load_trained(built.index, built.manifest.quantizer)
-    manifest = build_version(request(built.root, DIM, shards), built.store, trained, Runner())
-    return Index.open(built.index, version=manifest.version)
-
-
-def queries_for(built: Built, count: int = 100) -> np.ndarray:
-    """Rows of the index a little displaced, so that a query is no row."""
-    rng = np.random.default_rng(5)
-    chosen = built.vectors[rng.choice(len(built.vectors), min(count, len(built.vectors)), replace=False)]
-    return chosen + np.float32(0.2) * rng.standard_normal(chosen.shape, dtype=np.float32)
-
-
-def uris_of(answers: list[list[Hit]]) -> list[list[str]]:
-    return [[hit.uri for hit in hits] for hits in answers]
-
-
-def scores_of(answers: list[list[Hit]]) -> np.ndarray:
-    return np.array([[hit.score for hit in hits] for hits in answers])
-
-
-def assert_same(found: list[list[Hit]], expected: list[list[Hit]]) -> None:
-    """Equal but for the last bits of scores, which may depend on the batch."""
-    assert uris_of(found) == uris_of(expected)
-    np.testing.assert_allclose(scores_of(found), scores_of(expected), atol=1e-6)
-
-
-def recall(found: list[list[str]], truth: list[list[str]]) -> float:
-    return float(np.mean([len({*a} & {*b}) / len(b) for a, b in zip(found, truth, strict=True)]))
 
 
 def merged(answers: list[list[list[Hit]]], k: int) -> list[list[Hit]]:
@@ -131,56 +49,22 @@ def merged(answers: list[list[list[Hit]]], k: int) -> list[list[Hit]]:
     return [sorted(itertools.chain(*hits), key=lambda hit: -hit.score)[:k] for hits in zip(*answers, strict=True)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_probes() -> Iterator[None]:
-    """Tune and measure on few queries: other tests look at what is measured."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.index.make_probe", functools.partial(make_probe, queries=100))
-        patch.setattr("transforms.measuring._LATENCY_QUERIES", 10)
-        yield
-
-
-@pytest.fixture(scope="module")
-def pq(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    built = build(tmp_path_factory.mktemp("pq"), ROWS, RAW, DIM, shards=3)
-    assert built.manifest.kind == "ivf-pq"
-    return built
-
-
-@pytest.fixture(scope="module")
-def exact(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    built = build(tmp_path_factory.mktemp("exact"), 120, RAW, DIM, shards=3)
-    assert built.manifest.kind == "exact"
-    return built
-
-
-@pytest.fixture(params=["pq", "exact"])
-def built(request: pytest.FixtureRequest) -> Built:
-    found: Built = request.getfixturevalue(request.param)
-    return found
-
-
-@pytest.fixture
-def copied(pq: Built, tmp_path: Path) -> Built:
-    """An index that a test may damage."""
-    shutil.copytree(pq.root, tmp_path, dirs_exist_ok=True)
-    return dataclasses.replace(pq, root=tmp_path)
-
-
 # --- Answers --------------------------------------------------------------------------------------------------------
 
 
 def test_hits_say_what_they_are(built):
-    answers = built.whole.search(built.vectors, 5, **built.exhaustive)
+    answers = built.whole.search(built.vectors, 5, settings=built.exhaustive)
     assert len(built.whole) == len(built.vectors) == built.whole.info.rows
     label_of = dict(zip(built.uris, itertools.cycle(LABELS), strict=False))
     for uri, hits in zip(built.uris, answers, strict=True):
         assert len(hits) == 5
         assert hits[0].uri == uri
-        assert hits[0].score == pytest.approx(1, abs=5e-3)
+        # Vectors left out of training may reach beyond what 8-bit codes stand for.
+        assert hits[0].score == pytest.approx(1, abs=0.15)
         assert all(hit.label == label_of[hit.uri] and -1 <= hit.score <= 1 for hit in hits)
         assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
         assert all(type(hit.row) is int and type(hit.score) is float for hit in hits)
+    assert np.median([hits[0].score for hits in answers]) == pytest.approx(1, abs=5e-3)
 
 
 def test_an_exact_index_is_brute_force(exact):
@@ -196,7 +80,7 @@ def test_an_exact_index_is_brute_force(exact):
 def test_visiting_all_lists_finds_the_neighbours(pq):
     """Codes of 8 bits blur a score by some thousandths: rows nearer to the tenth than that may change places."""
     queries = queries_for(pq, 300)
-    answers = pq.whole.search(queries, 10, **pq.exhaustive)
+    answers = pq.whole.search(queries, 10, settings=pq.exhaustive)
     cosines = pq.cosines(queries)
     place = {uri: number for number, uri in enumerate(pq.uris)}
     truth = np.array([[cosines[row, place[hit.uri]] for hit in hits] for row, hits in enumerate(answers)])
@@ -204,26 +88,24 @@ def test_visiting_all_lists_finds_the_neighbours(pq):
     assert np.mean(truth >= tenth - 5e-3) >= 0.99
     assert recall(uris_of(answers), pq.nearest(queries, 10)) >= 0.97
     error = np.abs(scores_of(answers) - truth)
-    assert error.max() <= 8e-3
-    assert np.sqrt(np.square(error).mean()) <= 3e-3
+    assert np.mean(error <= 8e-3) >= 0.99
+    assert np.sqrt(np.square(error).mean()) <= 4e-3
 
 
-def test_visiting_all_lists_is_brute_force_over_the_codes(pq):
-    """What the 8-bit codes can tell apart is found whole: nothing is lost on the way to them."""
-    queries, quantizer = queries_for(pq, 300), pq.quantizer
-    store = quantizer.empty_refine()
-    decoded = store.sa_decode(quantizer.encode(pq.vectors).refine)
-    scores = quantizer.reduce(queries) @ decoded.T
-    order = np.argsort(-scores, axis=1)[:, :10]
-    answers = pq.whole.search(queries, 10, **pq.exhaustive)
-    assert recall(uris_of(answers), [[pq.uris[place] for place in places] for places in order]) >= 0.999
-    np.testing.assert_allclose(scores_of(answers), np.take_along_axis(scores, order, axis=1), atol=1e-5)
+@pytest.mark.parametrize("mode", MODES)
+def test_visiting_all_lists_is_brute_force_over_the_codes(built, mode):
+    """What the last codes can tell apart is found whole: nothing is lost on the way to them."""
+    queries = queries_for(built, 200)
+    scores = built.code_scores(queries)
+    index, settings = built.opened(mode), built.exhaustive
+    assert_best(built, index.search(queries, 10, settings=settings), scores, 10)
+    assert_best(built, [index.search(query, 10, settings=settings)[0] for query in queries], scores, 10)
 
 
 def test_the_measured_settings_are_the_default(pq):
     queries, settings = queries_for(pq), pq.manifest.search
     explicit = pq.whole.search(queries, 10, nprobe=settings.nprobe, rerank=settings.rerank)
-    assert pq.whole.search(queries, 10) == explicit
+    assert pq.whole.search(queries, 10) == pq.whole.search(queries, 10, settings=settings) == explicit
     assert recall(uris_of(explicit), pq.nearest(queries, 10)) >= 0.9
 
 
@@ -239,12 +121,15 @@ def test_one_neighbour_is_found_as_well_as_ten(pq):
 @pytest.mark.parametrize("k", [1, 7, 50, ROWS - 1, ROWS, ROWS + 1000])
 @pytest.mark.parametrize("options", [{}, {"nprobe": 1}, {"nprobe": 1, "rerank": 0}, {"rerank": 0}, {"nprobe": 10**9}])
 def test_no_hit_is_missing_where_rows_suffice(pq, k, options):
-    for hits in pq.whole.search(queries_for(pq, 5), k, **options):
-        assert len(hits) == len({hit.row for hit in hits}) == min(k, ROWS)
+    queries = queries_for(pq, 5)
+    for index in (pq.whole, pq.mapped):
+        for hits in index.search(queries, k, **options) + index.search(queries[0], k, **options):
+            assert len(hits) == len({hit.row for hit in hits}) == min(k, ROWS)
 
 
-def test_asking_for_more_than_all_gives_all(built):
-    [hits] = built.whole.search(built.vectors[0], 10**6)
+@pytest.mark.parametrize("mode", MODES)
+def test_asking_for_more_than_all_gives_all(built, mode):
+    [hits] = built.opened(mode).search(built.vectors[0], 10**6)
     assert sorted(hit.uri for hit in hits) == built.uris
     assert sorted(hit.row for hit in hits) == list(range(len(built.vectors)))
 
@@ -287,10 +172,14 @@ def test_only_the_direction_of_a_query_counts(built, length):
     np.testing.assert_allclose(scores_of(found), scores_of(built.whole.search(queries)), atol=tolerance)
 
 
-def test_a_query_of_zeros_is_answered(built):
-    [hits] = built.whole.search(np.zeros(RAW), 3)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["pq", "exact", "plain", "faithful"])
+def test_a_query_of_zeros_is_answered(request, kind, mode):
+    index = request.getfixturevalue(kind).opened(mode)
+    [hits] = index.search(np.zeros(RAW), 3)
     assert len(hits) == 3
     assert np.isfinite([hit.score for hit in hits]).all()
+    assert_same(index.search(np.zeros((2, RAW)), 3), [hits, hits])
 
 
 def test_no_query_no_answer(built):
@@ -310,17 +199,48 @@ def test_answers_repeat(built):
     assert Index.open(built.index).search(queries) == first
 
 
-def test_threads_get_what_one_gets(pq):
-    """Each with settings of its own, on one shared index."""
-    work = [(queries_for(pq, 30)[start:], 1 + start % 12, 1 + start % 5) for start in range(24)]
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["labelled", "faithful"])
+def test_threads_get_what_one_gets(request, kind, mode):
+    """Each with settings of its own, one query or some, among all rows or some, on one shared index."""
+    built = request.getfixturevalue(kind)
+    index, queries = built.opened(mode), queries_for(built, 40)
+    kinds = (None, {"some/1", "half/2", "rest/3"}, {f"half/{number}" for number in range(20)})
+    work = [
+        (
+            queries[start : start + (1 if start % 2 else 7)],
+            1 + start % 12,
+            {
+                "labels": kinds[start % 3],
+                "settings": SearchSettings(1 + start % 5, 10 * (start % 4), 0, 10 + start) if start % 4 else None,
+            },
+        )
+        for start in range(32)
+    ]
 
-    def answer(item: tuple[np.ndarray, int, int]) -> list[list[Hit]]:
-        queries, k, nprobe = item
-        return pq.whole.search(queries, k, nprobe=nprobe)
+    def answer(item: tuple[np.ndarray, int, dict[str, Any]]) -> list[list[Hit]]:
+        asked, k, options = item
+        return index.search(asked, k, **options)
 
     serial = [answer(item) for item in work]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(answer, work * 5)) == serial * 5
+        assert list(pool.map(answer, work * 4)) == serial * 4
+
+
+@pytest.mark.parametrize("kind", ["pq", "exact", "faithful"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_search_leaves_the_number_of_threads_alone(request, kind, mode):
+    index = request.getfixturevalue(kind).opened(mode)
+    threads = faiss.omp_get_max_threads()
+    try:
+        for count in (1, 3):
+            faiss.omp_set_num_threads(count)
+            for options in ({}, {"labels": {"cat", "rest/1"}}, {"settings": SearchSettings(1, 0)}):
+                index.search(np.ones(RAW), **options)
+                index.search(np.ones((3, RAW)), **options)
+                assert faiss.omp_get_max_threads() == count
+    finally:
+        faiss.omp_set_num_threads(threads)
 
 
 # --- Versions and shards --------------------------------------------------------------------------------------------
@@ -343,60 +263,158 @@ def test_rows_keep_their_numbers_in_every_subset(built, shards):
     assert {hit.uri: hit.row for hit in hits} == {hit.uri: row_of[hit.uri] for hit in hits}
 
 
-def test_rows_count_through_the_shards_by_uri(built):
-    starts = itertools.accumulate((shard.rows for shard in built.manifest.shards), initial=0)
-    for shard, start in zip(built.manifest.shards, starts, strict=False):
-        opened = Index.open(built.index, shards=[shard.number])
-        [hits] = opened.search(built.vectors[0], len(built.vectors))
-        in_order = sorted(hits, key=lambda hit: hit.uri)
-        assert [hit.row for hit in in_order] == list(range(start, start + shard.rows))
+def hashed(uri: str) -> int:
+    return int.from_bytes(blake2b(uri.encode(), digest_size=8).digest(), "big")
 
 
-def test_no_shard_no_hit(built):
-    nothing = Index.open(built.index, shards=[])
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_count_through_the_shards_by_the_hash_of_the_uri(built, mode):
+    expected = {uri: row for row, uri in enumerate(sorted(built.uris, key=hashed))}
+    [hits] = built.opened(mode).search(built.vectors[0], len(built.vectors))
+    assert {hit.uri: hit.row for hit in hits} == expected
+    _, [rows] = built.opened(mode).search_rows(built.vectors[0], len(built.vectors))
+    assert rows.tolist() == [hit.row for hit in hits]
+    for uri, row in expected.items():
+        label = built.labels[built.uris.index(uri)]
+        assert built.opened(mode).record(row) == (uri, label, "etag")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_subset_of_shards_has_records_of_its_own_rows_only(built, mode):
+    opened = Index.open(built.index, shards=[0, 2], mode=mode)
+    _, [rows] = opened.search_rows(built.vectors[0], len(opened))
+    start = built.manifest.shards[0].rows
+    inside = range(start, start + built.manifest.shards[1].rows)
+    assert sorted(rows) == [row for row in range(len(built.vectors)) if row not in inside]
+    assert [opened.record(row) for row in rows] == [built.whole.record(row) for row in rows]
+    for row in (-1, inside[0], inside[-1], len(built.vectors)):
+        with pytest.raises(IndexError, match=f"row {row} is not in the opened shards"):
+            opened.record(row)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_arrays_say_what_hits_say(built, mode):
+    queries, index = queries_for(built, 30), built.opened(mode)
+    for options in ({}, {"labels": {"cat"}}, {"settings": SearchSettings(1, 0)}):
+        answers = index.search(queries, 7, **options)
+        scores, rows = index.search_rows(queries, 7, **options)
+        assert (scores.dtype, rows.dtype, scores.shape, rows.shape) == (np.float32, np.int64, (30, 7), (30, 7))
+        assert rows.tolist() == [[hit.row for hit in hits] for hits in answers]
+        np.testing.assert_allclose(scores, scores_of(answers), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_arrays_are_filled_up_where_rows_run_out(built, mode):
+    rows = len(built.vectors)
+    opened = Index.open(built.index, shards=[1, 2], mode=mode)
+    scores, found = opened.search_rows(built.vectors[:2], rows)
+    assert scores.shape == found.shape == (2, rows)
+    there = found >= 0
+    assert there.sum(axis=1).tolist() == [len(opened)] * 2
+    assert (found[~there] == -1).all()
+    assert np.isneginf(scores[~there]).all()
+    assert np.isfinite(scores[there]).all()
+    assert (np.diff(there.astype(int), axis=1) <= 0).all(), "what is missing comes last"
+    nothing, none = built.opened(mode).search_rows(np.empty((0, RAW)), 4)
+    assert nothing.shape == none.shape == (0, 4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["pq", "exact", "faithful"])
+def test_no_shard_no_hit(request, kind, mode):
+    built = request.getfixturevalue(kind)
+    nothing = Index.open(built.index, shards=[], mode=mode)
     assert len(nothing) == 0
     assert nothing.search(built.vectors[:2]) == [[], []]
+    assert nothing.search(built.vectors[0], labels={"cat"}) == [[]]
+    scores, rows = nothing.search_rows(built.vectors[:2], 3)
+    assert np.isneginf(scores).all()
+    assert (rows == -1).all()
+    with pytest.raises(IndexError):
+        nothing.record(0)
 
 
 def test_shards_searched_apart_and_merged_are_the_whole(built):
     queries = queries_for(built, 50)
-    apart = [Index.open(built.index, shards=[n]).search(queries, 10, **built.exhaustive) for n in range(3)]
-    assert_same(merged(apart, 10), built.whole.search(queries, 10, **built.exhaustive))
+    apart = [Index.open(built.index, shards=[n]).search(queries, 10, settings=built.exhaustive) for n in range(3)]
+    assert_same(merged(apart, 10), built.whole.search(queries, 10, settings=built.exhaustive))
 
 
-@pytest.mark.parametrize(("rows", "seed"), [(4, 0), (100, 1), *((640, seed) for seed in range(2))])
-def test_the_number_of_shards_changes_no_answer(tmp_path, rows, seed):
-    """Four rows in seven shards leave some empty, and 640 are just enough for inverted lists."""
-    one = build(tmp_path, rows, RAW, DIM, shards=1, seed=seed)
-    queries = queries_for(one, 50)
-    for shards in (3, 7):
-        parted = cut(one, shards)
-        assert len(parted.info.shards) == shards
-        assert len(parted) == rows
-        assert_same(parted.search(queries, 10, **one.exhaustive), one.whole.search(queries, 10, **one.exhaustive))
-        # Among candidates of equal codes the first ones are ranked again, and shards change which are first.
-        usual = [uris_of(index.search(queries, 10)) for index in (parted, one.whole)]
-        assert recall(*usual) >= 0.99
+COLLECTIONS = [
+    # rows, raw dimensions, reduced ones, shards, the same picture so many times
+    (4, 5, None, 7, 1),
+    (100, RAW, None, 3, 2),
+    (623, 16, None, 5, 1),
+    (640, RAW, 2, 7, 1),
+    (700, 20, 20, 2, 3),
+    (900, 64, 32, 4, 1),
+    (1300, 33, 16, 6, 2),
+]
+"""Four rows in seven shards leave some empty, and from 640 on there are inverted lists."""
+
+
+@pytest.mark.parametrize("seed", range(len(COLLECTIONS)))
+def test_the_number_of_shards_changes_no_answer(tmp_path, seed):
+    rows, raw, dim, shards, copies = COLLECTIONS[seed]
+    rng = np.random.default_rng(seed)
+    vectors = np.repeat(stores.clustered(-(-rows // copies), raw, seed=seed), copies, axis=0)[:rows]
+    labels = rng.choice(["a", "b", None], rows).tolist()
+    one = indexes.build(tmp_path, vectors, 1, dim, labels)
+    cut = indexes.cut(one, shards)
+    assert len(cut.info.shards) == shards
+    assert len(cut) == rows
+    queries = queries_for(one, 60)
+    for options in ({}, {"settings": one.exhaustive}, {"nprobe": 1, "rerank": 3}, {"labels": {"a"}}):
+        assert cut.search(queries, 10, **options) == one.whole.search(queries, 10, **options)
+        for query in queries[:10]:
+            assert cut.search(query, 3, **options) == one.whole.search(query, 3, **options)
+    mapped = Index.open(one.index, version=cut.info.version, mode="mmap")
+    everything = cut.search(queries[:20], rows, settings=one.exhaustive)
+    assert_alike(mapped.search(queries[:20], rows, settings=one.exhaustive), everything)
+
+    some = sorted(rng.choice(shards, rng.integers(1, shards), replace=False).tolist())
+    bounds = np.cumsum([0, *(shard.rows for shard in cut.info.shards)])
+    mine = {row for number in some for row in range(bounds[number], bounds[number + 1])}
+    expected = [[hit for hit in hits if hit.row in mine] for hits in everything]
+    for mode in MODES:
+        subset = Index.open(one.index, version=cut.info.version, shards=some, mode=mode)
+        assert len(subset) == len(mine)
+        assert_alike(subset.search(queries[:20], rows, settings=one.exhaustive), expected)
+
+
+def assert_alike(found: list[list[Hit]], expected: list[list[Hit]]) -> None:
+    """The same rows with the same scores; as good ones, to float32, may have changed places."""
+    for hits, others in zip(found, expected, strict=True):
+        of, wanted = ({hit.row: hit.score for hit in some} for some in (hits, others))
+        assert {hit[:2] for hit in hits} == {hit[:2] for hit in others}
+        assert of.keys() == wanted.keys()
+        np.testing.assert_allclose([of[row] for row in wanted], [*wanted.values()], atol=1e-6)
+        assert (np.diff([hit.score for hit in hits]) <= 0).all()
 
 
 @pytest.mark.parametrize("dim", [2, RAW])
 def test_few_and_all_dimensions(tmp_path, dim):
-    built = build(tmp_path, 640, RAW, dim, shards=2)
+    built = indexes.build(tmp_path, stores.clustered(640, RAW), 2, dim)
     queries = queries_for(built, 50)
-    answers = built.whole.search(queries, 10, **built.exhaustive)
+    answers = built.whole.search(queries, 10, settings=built.exhaustive)
     best = -np.sort(-built.cosines(queries), axis=1)[:, :10]
-    np.testing.assert_allclose(scores_of(answers), best, atol=1e-2)
+    assert np.sqrt(np.square(scores_of(answers) - best).mean()) <= 1e-2
+    assert_best(built, answers, built.code_scores(queries), 10)
 
 
 @pytest.mark.parametrize("value", [0, 1])
-def test_vectors_that_are_all_the_same(tmp_path, value):
+@pytest.mark.parametrize("options", [{}, {"max_bytes_per_vector": 16}, {"recall_against": "raw"}], ids=str)
+def test_vectors_that_are_all_the_same(tmp_path, value, options):
     """A dead network gives zeros; every score is then as good as another, and still there are hits."""
-    stores.write_store(tmp_path / "store", np.full((640, RAW), value, np.float32))
-    run(request(tmp_path, DIM, 2), Runner())
-    index = Index.open(str(tmp_path / "index"))
-    for hits in index.search(np.stack([np.full(RAW, value), np.arange(RAW)]), 10):
-        assert len({hit.uri for hit in hits}) == 10
-        assert np.ptp([hit.score for hit in hits]) == 0
+    labels = ["a", "b"] * 320
+    built = indexes.build(tmp_path, np.full((640, RAW), value, np.float32), 2, DIM, labels, **options)
+    queries = np.stack([np.full(RAW, value), np.arange(RAW)])
+    for mode, wanted in itertools.product(MODES, (None, {"a"})):
+        index = built.opened(mode)
+        for hits in index.search(queries, 10, labels=wanted) + index.search(queries[1], 10, labels=wanted):
+            assert len({hit.uri for hit in hits}) == 10
+            assert np.ptp([hit.score for hit in hits]) == 0
+            assert {hit.label for hit in hits} <= (wanted or {*labels})
 
 
 def test_a_new_version_with_another_quantizer_is_opened_by_the_next(copied):
@@ -432,6 +450,7 @@ def test_an_index_outlives_what_it_was_made_from(built):
     queries = queries_for(built, 20)
     search = Index.open(built.index).search
     others = [Index.open(built.index, shards=[number]) for number in range(3)]
+    others.append(Index.open(built.index, mode="mmap"))
     gc.collect()
     answers = search(queries)
     del others
@@ -439,10 +458,28 @@ def test_an_index_outlives_what_it_was_made_from(built):
     assert search(queries) == answers == built.whole.search(queries)
 
 
-def test_dropped_indexes_give_their_memory_back(built):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_dropped_index_goes_at_once(built, mode):
+    """Nothing that it keeps for later searches holds on to it."""
+    index = Index.open(built.index, mode=mode)
+    index.search(built.vectors[:3])
+    index.search(built.vectors[0], labels={"cat"})
+    alive = weakref.ref(index)
+    gc.disable()
+    try:
+        del index
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dropped_indexes_give_their_memory_back(built, mode):
     def open_some(count: int) -> int:
         for _ in range(count):
-            Index.open(built.index).search(built.vectors[0])
+            index = Index.open(built.index, mode=mode)
+            index.search(built.vectors[0])
+            index.search(built.vectors[:2], labels={"cat"})
         gc.collect()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
 

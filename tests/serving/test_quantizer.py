@@ -11,10 +11,11 @@ import stores
 from serving import storage
 from serving.errors import FormatError
 from serving.quantizer import BATCH, Quantizer
-from transforms.training import Design, design, train
+from transforms.designing import Design, Wishes, designs
+from transforms.training import train
 
 RAW, DIM, ROWS = 48, 24, 2 * BATCH + 500
-KINDS = ("ivf-pq", "exact")
+KINDS = ("ivf-pq", "exact", "faithful")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,11 @@ def vectors() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def trained(vectors: np.ndarray) -> dict[str, bytes]:
-    shapes: dict[str, Design] = {"ivf-pq": design(ROWS, RAW, DIM, nlist=16), "exact": design(10, RAW)}
+    shapes: dict[str, Design] = {
+        "ivf-pq": designs(ROWS, RAW, Wishes(dim=DIM, nlist=16))[0],
+        "exact": designs(10, RAW, Wishes())[0],
+        "faithful": designs(ROWS, RAW, Wishes(dim=DIM, nlist=16, faithful=True))[0],
+    }
     return {kind: train(shape, RAW, vectors) for kind, shape in shapes.items()}
 
 
@@ -48,23 +53,28 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def assert_encoded(quantizer: Quantizer, vectors: np.ndarray, like: np.ndarray, order: np.ndarray) -> None:
     found, expected = quantizer.encode(vectors), quantizer.encode(like)
     np.testing.assert_array_equal(found.codes, expected.codes[order])
-    if expected.refine is not None:
-        np.testing.assert_array_equal(found.refine, expected.refine[order])
+    for stores_of in ("refine", "raw"):
+        if getattr(expected, stores_of) is not None:
+            np.testing.assert_array_equal(getattr(found, stores_of), getattr(expected, stores_of)[order])
 
 
 def test_the_kinds_say_what_they_are(trained):
-    pq, exact = (Quantizer(trained[kind]) for kind in KINDS)
+    pq, exact, faithful = (Quantizer(trained[kind]) for kind in KINDS)
     assert (pq.exact, pq.dim, pq.reduced_dim, pq.refine_size) == (False, RAW, DIM, DIM)
     assert pq.code_size == 1 + DIM // 2 // 2  # a list number below 16, and half a byte for every two dimensions
     assert (exact.exact, exact.dim, exact.reduced_dim, exact.refine_size) == (True, RAW, RAW, 0)
     assert exact.code_size == 4 * RAW
     assert exact.empty_refine() is None
+    assert (faithful.exact, faithful.dim, faithful.reduced_dim, faithful.refine_size) == (False, RAW, DIM, DIM)
+    assert [kind.raw_size for kind in (pq, exact, faithful)] == [0, 0, RAW]
+    assert pq.empty_raw() is None
+    assert faithful.empty_raw().ntotal == 0
 
 
 def test_the_id_is_the_hash_of_the_bytes(trained):
     for data in trained.values():
         assert Quantizer(data).id == storage.sha256(data)[:16]
-    assert len({Quantizer(data).id for data in trained.values()}) == 2
+    assert len({Quantizer(data).id for data in trained.values()}) == 3
 
 
 def test_reduced_vectors_have_length_one(quantizer, vectors):
@@ -97,8 +107,7 @@ def test_codes_are_those_of_faiss(quantizer, vectors):
     same = (found.codes == quantizer.ivf.sa_encode(reduced)).all(axis=1)
     assert same.mean() >= 0.999
     if found.refine is not None:
-        inner = faiss.downcast_index(quantizer._index.index)
-        np.testing.assert_array_equal(found.refine, faiss.downcast_index(inner.refine_index).sa_encode(reduced))
+        np.testing.assert_array_equal(found.refine, quantizer.refine.sa_encode(reduced))
 
 
 def test_rows_fall_to_the_nearest_list(pq, vectors):
@@ -113,6 +122,29 @@ def test_rows_fall_to_the_nearest_list(pq, vectors):
 def test_re_rank_codes_are_near_the_vectors(pq, vectors):
     decoded = pq.empty_refine().sa_decode(pq.encode(vectors).refine)
     assert np.sqrt(np.square(decoded - pq.reduce(vectors)).mean()) <= 2e-3
+
+
+def test_raw_codes_are_near_the_whole_vectors(trained, vectors):
+    faithful = Quantizer(trained["faithful"])
+    raw = faithful.encode(vectors).raw
+    assert raw.shape == (ROWS, RAW)
+    assert np.sqrt(np.square(faithful.empty_raw().sa_decode(raw) - unit(vectors)).mean()) <= 2e-3
+    for kind in ("ivf-pq", "exact"):
+        assert Quantizer(trained[kind]).encode(vectors[:3]).raw is None
+
+
+def test_distortion_is_what_the_lists_lose(quantizer, vectors):
+    """As FAISS gives vectors back out of lists that hold them."""
+    vectors = np.delete(vectors, 7, axis=0)
+    lists = quantizer.empty_lists()
+    lists.add_sa_codes(quantizer.encode(vectors).codes, np.arange(len(vectors)))
+    lists.make_direct_map()
+    reduced = quantizer.reduce(vectors)
+    lost = np.square(reduced - lists.reconstruct_n(0, len(vectors))).sum(axis=1).mean()
+    assert quantizer.distortion(vectors) == pytest.approx(lost, rel=1e-4, abs=1e-12)
+    assert (lost == 0) == quantizer.exact
+    assert lost < 0.1
+    assert quantizer.distortion(vectors[:0]) == 0
 
 
 def test_order_changes_no_code(quantizer, vectors):

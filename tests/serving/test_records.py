@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -63,10 +64,29 @@ def test_rows_count_over_all_shards(sizes):
     assert [found[row] for row in range(5)] == ROWS
 
 
+@pytest.mark.parametrize("sizes", SPLITS, ids=str)
+@pytest.mark.parametrize("labels", [{"cat"}, {"größe", ""}, {"cat", "größe", "", "more"}, {"dog"}, {}, {None}], ids=str)
+def test_rows_are_found_by_their_labels(sizes, labels):
+    bounds = list(itertools.accumulate(sizes, initial=0))
+    found = read(*(ROWS[start:end] for start, end in itertools.pairwise(bounds))).labelled(labels)
+    assert found.dtype == np.int64
+    assert found.tolist() == [row for row, (_, label, _) in enumerate(ROWS) if label is not None and label in labels]
+
+
+@pytest.mark.parametrize("sizes", SPLITS, ids=str)
+def test_uris_and_labels_come_in_the_order_asked(sizes):
+    bounds = list(itertools.accumulate(sizes, initial=0))
+    found = read(*(ROWS[start:end] for start, end in itertools.pairwise(bounds)))
+    for rows in ([], [4, 0, 2], [3, 3], [*range(5)]):
+        assert found.uris_and_labels(rows) == [ROWS[row][:2] for row in rows]
+
+
 @pytest.mark.parametrize("shards", [[], [[]], [[], []]], ids=str)
 def test_no_row_at_all(shards):
     found = read(*shards)
     assert len(found) == 0
+    assert found.labelled({"cat"}).tolist() == []
+    assert found.uris_and_labels([]) == []
     with pytest.raises(IndexError, match="row 0 of 0"):
         found[0]
 
@@ -87,6 +107,15 @@ def test_many_chunks_become_one_batch():
 
 def test_a_slice_is_written_as_itself():
     assert list(Records([from_buffer(to_bytes(table(ROWS)[1:4]), URI)])) == ROWS[1:4]
+
+
+def test_a_slice_is_read_as_itself():
+    """Of columns that start amid their buffers, or are of many chunks."""
+    for some in (table(ROWS)[1:4], pa.concat_tables([table(ROWS[1:2]), table(ROWS[2:4])]).unify_dictionaries()):
+        found = Records([some.cast(SCHEMA), table(ROWS)[4:]])
+        assert list(found) == ROWS[1:]
+        assert found.uris_and_labels([2, 0, 3]) == [ROWS[row][:2] for row in (3, 1, 4)]
+        assert found.labelled({"cat", ""}).tolist() == [2, 3]
 
 
 def test_reading_copies_nothing():
