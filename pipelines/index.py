@@ -97,8 +97,18 @@ class TrainedDocument(Document):
     run: str
     created: str
     dim: int | None = None
-    """As asked for, before it was fitted to the collection."""
+    """As asked for, before it was fitted to the collection; so are those that follow."""
     nlist: int | None = None
+    recall_against: Against = "reduced"
+    max_bytes_per_vector: float | None = None
+    index_factory: str | None = None
+
+    def fill(self, request: IndexRequest) -> IndexRequest:
+        """Return `request` with what this was trained for: that is settled, whoever merges later."""
+        return dataclasses.replace(request, **{name: getattr(self, name) for name in _TRAINED_FOR})
+
+
+_TRAINED_FOR = ("dim", "nlist", "recall_against", "max_bytes_per_vector", "index_factory")
 
 
 def choose_designs(request: IndexRequest, run: RunManifest) -> list[Design]:
@@ -129,8 +139,7 @@ def train_quantizer(
         store=request.store,
         run=run.run_id,
         created=now(),
-        dim=request.dim,
-        nlist=request.nlist,
+        **{name: getattr(request, name) for name in _TRAINED_FOR},
     )
     folder = quantizer_folder(request.index, trained.quantizer)
     storage.create(storage.join(folder, TRAINED), data)
@@ -166,6 +175,7 @@ def build_version(request: IndexRequest, run: RunManifest, trained: TrainedDocum
             f"the quantizer {trained.quantizer} was trained on vectors of the embedder {trained.embedder}, the store "
             f"holds those of {run.embedder.fingerprint}; train one on this store"
         )
+    request = trained.fill(request)
     shards = request.shards or max(1, min(BUCKETS, round(run.live / _ROWS_PER_SHARD)))
     version = version_name(run, trained.quantizer, shards, _promise(request))
     folder = storage.join(request.index, "versions", version)
@@ -320,7 +330,7 @@ def _describe(
             "store": request.store,
             "run": run.run_id,
             "images": list(run.images),
-            "inputs": _inputs(run, dataclasses.replace(request, dim=trained.dim, nlist=trained.nlist)),
+            "inputs": _inputs(run, request),
         },
         created=now(),
         built_with=built_with(),
