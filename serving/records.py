@@ -1,4 +1,4 @@
-"""Row number ↔ uri, label, etag: one Arrow file per shard, sorted by uri."""
+"""Row number ↔ uri, label, etag: one Arrow file per shard, sorted by the uri's hash."""
 
 import bisect
 from collections.abc import Collection, Sequence
