@@ -21,7 +21,7 @@ GRAPH_FROM = 4096
 """From so many lists on a graph of the centroids (HNSW) finds the nearest faster than looking at them all."""
 
 _ID_BYTES = 8
-_POINTS_WANTED = 64
+_POINTS_WANTED = 100
 _SMALLEST_DIM = 16
 
 

@@ -20,7 +20,7 @@ _ROTATION_ROUNDS = 10
 _NEIGHBOURS = 32
 _BUILD_EFFORT = 80
 """HNSW's own words for these two: M and efConstruction."""
-_KMEANS_ROUNDS = 10
+_KMEANS_ROUNDS = 20
 
 
 def train(shape: Design, raw_dim: int, vectors: npt.NDArray[np.float32]) -> bytes:
