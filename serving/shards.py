@@ -83,7 +83,7 @@ def open_mapped(folder: str, shards: Sequence[Shard], quantizer: Quantizer) -> O
     for shard, start in zip(shards, itertools.accumulate((shard.rows for shard in shards), initial=0), strict=False):
         lists = _map_faiss(folder, shard.lists)
         _check_alike(folder, shard.lists, lists, quantizer.ivf, shard.rows)
-        lists.own_fields, lists.quantizer = False, quantizer.ivf.quantizer
+        _lend(quantizer.ivf.quantizer, lists)
         segments.append(Segment(lists, start, shard.rows))
         if quantizer.refine is not None:
             entry = _entry(folder, shard.refine, shard, "re-rank codes")
@@ -165,6 +165,15 @@ def _map_buffer(path: str) -> pa.Buffer:
         raise NotFound(f"{path} does not exist") from None
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error}") from None
+
+
+def _lend(coarse: Any, lists: Any) -> None:
+    """Give lists a coarse quantizer that stays its owner's, in place of the empty one out of their file."""
+    # That one would live on, and the file stay mapped. Taking it over by `this.own` breaks SWIG's reference counts;
+    # a chain that owns it takes it along.
+    last_owner = faiss.IndexPreTransform(lists.quantizer)
+    last_owner.own_fields = True
+    lists.own_fields, lists.quantizer = False, coarse
 
 
 def _check_alike(folder: str, entry: FileEntry, found: Any, model: Any, rows: int) -> None:
