@@ -7,16 +7,15 @@ proportional set size of the job and all its worker processes, looked at ten tim
 """
 
 import argparse
-import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.watching import Peak, watch
 from jobs import backbones, drawings
 from jobs.console import table
 
@@ -25,14 +24,6 @@ MODES: dict[str, Sequence[str]] = {
     "2 worker processes": ("--direct_num_workers=2", "--direct_running_mode=multi_processing"),
 }
 _DISTINCT = 240
-
-
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """One run: peak memory in MiB of all its processes together, and how long it took."""
-
-    mib: float
-    seconds: float
 
 
 def collection(folder: Path, count: int) -> Path:
@@ -49,14 +40,10 @@ def collection(folder: Path, count: int) -> Path:
 def peak(images: Path, store: Path, artifact: str, arguments: Sequence[str]) -> Peak:
     """Embed a folder in a process of its own and watch its memory."""
     command = [sys.executable, "-m", "jobs.embed", "--images", str(images), "--store", str(store)]
-    started, most = time.monotonic(), 0
-    with subprocess.Popen([*command, "--embedder", artifact, *arguments], stdout=subprocess.DEVNULL) as job:
-        while job.poll() is None:
-            most = max(most, sum(map(_memory, _family(job.pid))))
-            time.sleep(0.1)
-    if job.returncode:
-        raise SystemExit(f"the job ended with {job.returncode}")
-    return Peak(most / 1024, time.monotonic() - started)
+    try:
+        return watch([*command, "--embedder", artifact, *arguments], stdout=subprocess.DEVNULL)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"the job ended with {error.returncode}") from None
 
 
 def compare(sizes: Sequence[int], modes: Sequence[str] = tuple(MODES)) -> list[tuple[object, ...]]:
@@ -74,23 +61,6 @@ def compare(sizes: Sequence[int], modes: Sequence[str] = tuple(MODES)) -> list[t
                 first = first or found.mib
                 rows.append((mode, size, round(found.mib), round(found.mib / first, 2), round(size / found.seconds)))
     return rows
-
-
-def _family(pid: int) -> Iterator[int]:
-    """Yield a process and its descendants."""
-    yield pid
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                yield from _family(int(child))
-
-
-def _memory(pid: int) -> int:
-    """Return a process's proportional set size in KiB: shared pages count by their share."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("Pss:")).split()[1])
-    return 0
 
 
 def main() -> None:
