@@ -1,4 +1,4 @@
-"""Merging ever more partials into shards of one size: what time and memory that takes.
+"""Merging ever more partials into a few shards: what time and memory that takes.
 
 `benchmarks.build` prints the table. The quantizer keeps codes of whole vectors too, so that a shard is large beside
 everything else that a process holds.
@@ -31,8 +31,7 @@ from transforms.schema import read_parquet, to_parquet
 
 PARTIALS = (4, 16, 64)
 HEADERS = ("partials", "rows", "shards", "seconds", "rows/s", "peak MiB above the start", "MiB of one shard")
-_A_SHARD = 4
-"""Partials."""
+_SHARDS = 4
 _LISTS, _SAMPLE = 16, 8192
 _ROW_GROUP = 16_384
 
@@ -59,10 +58,9 @@ def merge_rows(
         file = work / f"catalog-{wanted}.parquet"
         storage.create(str(file), to_parquet(live, row_group=_ROW_GROUP))
         _encode(str(store), str(work), trained, chosen)
-        shards = max(1, wanted // _A_SHARD)
-        _, found = ask("benchmarks.merges", work / f"{wanted}.log", work, trained, shards, file, rounds)
+        _, found = ask("benchmarks.merges", work / f"{wanted}.log", work, trained, _SHARDS, file, rounds)
         mib = (round(found[name] / 2**20, 1) for name in ("peak_bytes", "shard_bytes"))
-        rows.append((wanted, len(live), shards, round(found["seconds"], 3), round(len(live) / found["seconds"]), *mib))
+        rows.append((wanted, len(live), _SHARDS, round(found["seconds"], 3), round(len(live) / found["seconds"]), *mib))
     shutil.rmtree(work)
     return rows
 

@@ -227,11 +227,8 @@ def _build_first_that_keeps_its_promise(request: IndexRequest, run: RunManifest,
             return build_version(request, run, train_quantizer(request, run, shape, runner.progress), runner)
         except TargetMissed as error:
             missed.append(error)
-    raise (
-        missed[0]
-        if len(missed) == 1
-        else TargetMissed(f"{missed[0]} ({len(missed) - 1} other shapes missed it too; the last: {missed[-1]})")
-    )
+    nearest = min(missed, key=lambda error: error.shortfall)
+    raise TargetMissed(f"{nearest} ({len(shapes)} shapes were tried)" if len(shapes) > 1 else str(nearest))
 
 
 def _refuse_broken_promises(request: IndexRequest, manifest: IndexManifest) -> None:
@@ -245,12 +242,14 @@ def _refuse_broken_promises(request: IndexRequest, manifest: IndexManifest) -> N
     if request.target_recall is not None and reached < request.target_recall:
         raise TargetMissed(
             f"--target-recall {request.target_recall:g} cannot be met; the best that can is {what}. Nothing was "
-            "published; lower the target, allow more bytes, or choose other dimensions (--dim)"
+            "published; lower the target, allow more bytes, or choose other dimensions (--dim)",
+            1 - reached / request.target_recall,
         )
     if request.max_latency_us is not None and measured["p50_us"] > request.max_latency_us:
         raise TargetMissed(
             f"--max-latency-us {request.max_latency_us:g} cannot be met; the best that can is {what}. Nothing was "
-            "published; allow more time, a lower recall, or choose fewer dimensions (--dim)"
+            "published; allow more time, a lower recall, or choose fewer dimensions (--dim)",
+            measured["p50_us"] / request.max_latency_us - 1,
         )
 
 

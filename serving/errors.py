@@ -110,7 +110,14 @@ class ImageRejected(LookalikeError):
 
 
 class TargetMissed(LookalikeError):
-    """An index cannot keep the promise that was asked of it; nothing was published."""
+    """An index cannot keep the promise that was asked of it; nothing was published.
+
+    `shortfall` is the share by which it was missed.
+    """
+
+    def __init__(self, message: str, shortfall: float = 0.0) -> None:
+        super().__init__(message)
+        self.shortfall = shortfall
 
 
 class RunFailed(LookalikeError):

@@ -254,7 +254,7 @@ class Index:
 
     def _depth(self, k: int, settings: SearchSettings) -> int:
         """Return how many candidates are ranked a last time by their whole vectors."""
-        return min(max(k, settings.rerank_raw), len(self))
+        return min(max(2 * k, settings.rerank_raw), len(self))
 
     def _hits(self, scores: list[float], found: list[int]) -> list[Hit]:
         if found and found[-1] < 0:

@@ -77,8 +77,8 @@ class Wishes:
             raise UsageError(f"--max-bytes-per-vector is {self.max_bytes:g}; take more than 0")
         if self.factory and (self.dim or self.nlist or self.faithful or self.max_bytes):
             raise UsageError(
-                "--index-factory says everything about the index's shape; leave out --dim, --nlist, "
-                "--recall-against raw and --max-bytes-per-vector"
+                "--index-factory says everything about the index's shape; leave out --dim, --nlist and "
+                "--max-bytes-per-vector"
             )
 
 

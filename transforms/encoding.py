@@ -18,7 +18,7 @@ from transforms.schema import EMBEDDED, open_parquet, partial_schema, to_parquet
 
 TRAINED = "trained.faiss"
 ENCODED_BY = "lookalike.quantizer"
-_ROW_GROUP = 8192
+_ROW_GROUP = 1024  # a shard reads those that reach into its range of hashes
 
 
 @dataclass(frozen=True, slots=True)
