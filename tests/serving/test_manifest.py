@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 from signed import edit, sign
@@ -64,6 +64,8 @@ def example(kind: Any, full: bool) -> Any:
     if origin is tuple:
         times = (3 if full else 0) if args[-1] is Ellipsis else 1
         return tuple(example(arg, full) for arg in args if arg is not Ellipsis) * times
+    if origin is Literal:
+        return args[-1 if full else 0]
     if origin is dict:
         return {"größe": 1, "~": 2} if full else {}
     return {str: 'ü "quoted"\n日本', int: 2**53 + 1, bool: True, float: 0.1, Any: [1, {"x": None}]}[kind]
@@ -236,6 +238,7 @@ def test_a_file_is_read_and_checked(tmp_path):
     entry = FileEntry.of("part", b"bytes")
     assert (entry.size, entry.sha256) == (5, storage.sha256(b"bytes"))
     assert entry.read(str(tmp_path)) == b"bytes"
+    entry.check(str(tmp_path))
     assert FileEntry.of("a/empty", b"").size == 0
 
 
@@ -248,15 +251,27 @@ def test_a_file_is_read_and_checked(tmp_path):
         (b"", "has 0 bytes"),
     ],
 )
-def test_a_file_of_other_bytes_is_refused(tmp_path, content, sentence):
+@pytest.mark.parametrize("way", [FileEntry.read, FileEntry.check])
+def test_a_file_of_other_bytes_is_refused(tmp_path, content, sentence, way):
     (tmp_path / "part").write_bytes(content)
     with pytest.raises(ChecksumMismatch, match=re.escape(f"{tmp_path}/part {sentence}")):
-        FileEntry.of("part", b"bytes").read(str(tmp_path))
+        way(FileEntry.of("part", b"bytes"), str(tmp_path))
 
 
-def test_a_file_that_is_missing_is_named(tmp_path):
+def test_a_file_of_many_blocks_is_checked_to_its_end(tmp_path):
+    data = b"0123456789" * 250_000
+    (tmp_path / "part").write_bytes(data)
+    entry = FileEntry.of("part", data)
+    entry.check(str(tmp_path))
+    (tmp_path / "part").write_bytes(data[:-1] + b"x")
+    with pytest.raises(ChecksumMismatch, match="part is damaged"):
+        entry.check(str(tmp_path))
+
+
+@pytest.mark.parametrize("way", [FileEntry.read, FileEntry.check])
+def test_a_file_that_is_missing_is_named(tmp_path, way):
     with pytest.raises(NotFound, match=f"{tmp_path}/some/part does not exist"):
-        FileEntry.of("some/part", b"bytes").read(str(tmp_path))
+        way(FileEntry.of("some/part", b"bytes"), str(tmp_path))
 
 
 # --- Pointers -------------------------------------------------------------------------------------------------------
