@@ -139,7 +139,7 @@ class Index:
         scores, rows = self._many(queries, asked, settings, selection)
         missing = ((0, 0), (0, operator.index(k) - scores.shape[1]))
         scores, rows = np.pad(scores, missing, constant_values=-np.inf), np.pad(rows, missing, constant_values=-1)
-        return scores, self._numbering.globals(rows)
+        return np.where(rows < 0, scores, np.clip(scores, -1, 1)), self._numbering.globals(rows)
 
     def search_images(
         self, images: Sequence[bytes], k: int = 10, *, labels: Collection[str] | None = None

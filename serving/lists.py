@@ -19,6 +19,8 @@ from serving.shards import Opened, Segment
 
 _BEST_FIRST = 11
 """FAISS's number for the scan that takes one query's lists nearest first and keeps candidates in a reservoir."""
+_BUFFERS = 64
+"""Of different k that a thread keeps."""
 
 
 @contextmanager
@@ -61,6 +63,8 @@ class Lists:
         except AttributeError:
             buffers = self._local.buffers = {}
         if k not in buffers:
+            if len(buffers) >= _BUFFERS:
+                buffers.clear()
             scores, rows = np.empty(k, np.float32), np.empty(k, np.int64)
             buffers[k] = scores, rows, faiss.swig_ptr(scores), faiss.swig_ptr(rows)
         scores, rows, to_scores, to_rows = buffers[k]
@@ -216,7 +220,7 @@ def _params_cache(
         coarse = faiss.SearchParametersHNSW(efSearch=max(settings.ef_search, settings.nprobe)) if graph else None
         params: Any = faiss.SearchParametersIVF(nprobe=min(settings.nprobe, nlist), quantizer_params=coarse)
         if reranks:
-            factor = _candidates(k, settings.rerank, rows) / k
+            factor = (_candidates(k, settings.rerank, rows) + 0.5) / k  # FAISS rounds down, in float32
             params = faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=params)
         return params, coarse
 

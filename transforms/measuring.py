@@ -22,7 +22,7 @@ Against = Literal["reduced", "raw"]
 
 _RERANKS = (20, 30, 40, 50, 60, 80, 100, 120, 160, 240, 320, 640)
 _RERANKS_RAW = (20, 30, 40, 60, 80, 120, 160, 240, 320)
-_CANDIDATES_A_RAW = (1.5, 2.0, 3.0)
+_CANDIDATES_A_RAW = (2, 3)
 """Candidates ranked by their reduced codes, for each that is ranked by its whole vector."""
 _EFFORTS = (1.0, 1.5, 2.0, 4.0)
 _RERANK_COST = 16

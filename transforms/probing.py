@@ -1,6 +1,6 @@
 """Queries to measure an index with, and their exact neighbours in the raw and in the index's own space."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,11 @@ _TIE = 2e-6
 _SPARE = DEEPEST + 28
 """Neighbours kept of each query: the deepest, and some more to see ties by."""
 
+_AT_ONCE = 16_384
+"""Rows compared with all queries at a time."""
+
 Floats = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
 Truth = list[frozenset[str]]
 
 
@@ -92,7 +96,7 @@ def make_probe(
     spaces = {"raw": _unit, "reduced": quantizer.reduce}
     nearest = {name: _Nearest(space(vectors)) for name, space in spaces.items()}
     looked_at = 0
-    for places, chunk in live.chunks():
+    for places, chunk in _together(live.chunks()):
         for name, space in spaces.items():
             nearest[name].add(space(chunk), places, own_of[places])
         looked_at += len(places)
@@ -116,6 +120,22 @@ def shares_found(found: Iterable[Sequence[str]], truth: Sequence[frozenset[str]]
         if truth_of
     ]
     return np.array(shares)
+
+
+def _together(chunks: Iterable[tuple[Rows, Floats]]) -> Iterator[tuple[Rows, Floats]]:
+    """Put small chunks together: what is done once a chunk takes longer than its few products."""
+    held: list[tuple[Rows, Floats]] = []
+    for chunk in chunks:
+        held.append(chunk)
+        if sum(len(places) for places, _ in held) >= _AT_ONCE:
+            yield _concatenated(held)
+            held = []
+    if held:
+        yield _concatenated(held)
+
+
+def _concatenated(chunks: list[tuple[Rows, Floats]]) -> tuple[Rows, Floats]:
+    return np.concatenate([places for places, _ in chunks]), np.concatenate([vectors for _, vectors in chunks])
 
 
 class _Nearest:

@@ -21,6 +21,8 @@ _NEIGHBOURS = 32
 _BUILD_EFFORT = 80
 """HNSW's own words for these two: M and efConstruction."""
 _KMEANS_ROUNDS = 20
+_WIDEST, _SEEN_ENOUGH = 0.1, 1000
+"""Room on either side of the range of re-rank codes, as a share of it: at most, and times the vectors seen."""
 
 
 def train(shape: Design, raw_dim: int, vectors: npt.NDArray[np.float32]) -> bytes:
@@ -125,6 +127,8 @@ def _coarse(centroids: npt.NDArray[np.float32], graph: bool) -> Any:
 
 def _scalar_codes(vectors: npt.NDArray[np.float32]) -> Any:
     codes = faiss.IndexScalarQuantizer(vectors.shape[1], faiss.ScalarQuantizer.QT_8bit, _METRIC)
+    # What lies outside the sample's range is clamped to it: the fewer were seen, the further others may lie outside.
+    codes.sq.rangestat_arg = min(_WIDEST, _SEEN_ENOUGH / len(vectors))
     codes.train(vectors)
     return codes
 

@@ -120,7 +120,7 @@ def grid(index, probe):
 @pytest.fixture(scope="module")
 def faithful_grid(faithful, faithful_probe):
     """The same where whole vectors have the last word."""
-    families = [SearchSettings(1, round(raw * share), 0, raw) for raw in RERANKS_RAW[:5] for share in (1.5, 2, 3)]
+    families = [SearchSettings(1, round(raw * share), 0, raw) for raw in RERANKS_RAW[:5] for share in (2, 3)]
     return measured_all(faithful, faithful_probe, faithful_probe.raw.truth(10), families)
 
 
@@ -253,7 +253,7 @@ def test_codes_without_a_second_ranking_have_no_candidates():
     assert {settings.rerank for settings in fake.tried} == {0}
 
 
-@pytest.mark.parametrize(("refine", "before"), [(1, {1.5, 2.0, 3.0}), (0, {0})])
+@pytest.mark.parametrize(("refine", "before"), [(1, {2, 3}), (0, {0})])
 def test_whole_vectors_rank_some_of_the_candidates(refine, before):
     fake = FakeIndex(lambda *_: 0)
     tune(fake, design(16, refine, raw=4), fake.probe, 0.9, "raw")
