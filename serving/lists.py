@@ -47,7 +47,7 @@ class Lists:
         self._centroids: Floats | None = None
         self._whole: Any = None
         if len(opened.segments) == 1 and (opened.refine_index is not None or opened.refine is None):
-            self._whole, self._single, self._keep = _assemble(opened)
+            self._whole, self._single, self._keep = _assemble(quantizer, opened)
             self._segments = [Segment(self._keep[0], 0, self.rows)]
         # FAISS only reads them, so threads share them; making them anew takes longer than some searches.
         self._params = _params_cache(self.nlist, self.rows, opened.refine is not None, _is_graph(quantizer))
@@ -227,22 +227,20 @@ def _params_cache(
     return make
 
 
-def _assemble(opened: Opened) -> tuple[Any, Any, tuple[Any, ...]]:
-    """Put the re-rank codes around the lists; 4-bit codes in memory are packed for FastScan, whose ids stay the same.
+def _assemble(quantizer: Quantizer, opened: Opened) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Put the re-rank codes around the lists, once as batches want it and once as single queries do.
 
     Returned are the index for batches, the one for single queries, and the parts of both, which FAISS holds by bare
     pointers: they must live as long as the wholes. The lists searched come first among the parts.
     """
     (segment,) = opened.segments
-    plain = lists = single = segment.lists
-    if not opened.mapped and isinstance(lists, faiss.IndexIVFPQ) and lists.pq.nbits == 4:
-        lists = faiss.IndexIVFPQFastScan(plain)
-        plain.reset()  # packed now; what stays is the coarse quantizer, which both share
-        single = faiss.IndexIVFPQFastScan(plain)
+    lists = single = segment.lists
+    if isinstance(lists, faiss.IndexIVFPQFastScan):
+        single = faiss.IndexIVFPQFastScan(quantizer.ivf)  # which has no rows: those of the lists are lent to it
         single.replace_invlists(lists.invlists, False)
         single.ntotal = lists.ntotal
         single.implem = _BEST_FIRST
     if opened.refine_index is None:
-        return lists, single, (lists, single, plain)
+        return lists, single, (lists, single)
     refine = opened.refine_index
-    return faiss.IndexRefine(lists, refine), faiss.IndexRefine(single, refine), (lists, single, plain, refine)
+    return faiss.IndexRefine(lists, refine), faiss.IndexRefine(single, refine), (lists, single, refine)

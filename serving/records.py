@@ -47,7 +47,10 @@ class _Labels:
     def __init__(self, column: pa.DictionaryArray) -> None:
         self.names: list[str | None] = [*column.dictionary.to_pylist(), None]
         # The last name, None, stands for the missing.
-        self.codes = memoryview(column.indices.fill_null(-1).to_numpy())
+        if column.null_count == len(column):  # filled in, they would take memory to say nothing
+            self.codes = memoryview(np.broadcast_to(np.array([-1], np.int32), len(column)))
+        else:
+            self.codes = memoryview(column.indices.fill_null(-1).to_numpy())
 
     def __getitem__(self, row: int) -> str | None:
         return self.names[self.codes[row]]

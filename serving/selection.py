@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.rescoring import Rows
-from serving.shards import Segment
+from serving.shards import Segment, list_ids
 
 _SCANNED_FOR_ONE = 50
 """Codes that FAISS scans in the lists in the time of ranking one row by its re-rank code."""
@@ -40,7 +40,7 @@ class Selection:
             bitmaps.append(np.packbits(wanted, bitorder="little"))
             selectors.append(faiss.IDSelectorBitmap(segment.rows, faiss.swig_ptr(bitmaps[-1])))
             for number in range(nlist):
-                holding[number] |= bool(wanted[_ids(segment.lists.invlists, number)].any())
+                holding[number] |= bool(wanted[list_ids(segment.lists.invlists, number)].any())
         return cls(rows, selectors, np.flatnonzero(holding), bitmaps)
 
     def prefers_scan(self, nprobe: int, nlist: int, rows: int) -> bool:
@@ -53,10 +53,3 @@ class Selection:
         seen = nprobe * rows / nlist
         held = len(self.rows) / max(1, len(self.lists))
         return max(1, min(len(self.lists), math.ceil(max(nprobe, seen / max(held, 1e-9)))))
-
-
-def _ids(lists: Any, number: int) -> npt.NDArray[np.int64]:
-    size = lists.list_size(number)
-    if not size:
-        return np.empty(0, np.int64)
-    return faiss.rev_swig_ptr(lists.get_ids(number), size)  # type: ignore[no-any-return]

@@ -1,12 +1,14 @@
 """Read a version's shards: into memory, or mapped from local files."""
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from serving import records, storage
@@ -53,26 +55,69 @@ def choose(info: IndexManifest, shards: Sequence[int] | None) -> list[Shard]:
 
 def open_memory(folder: str, shards: Sequence[Shard], quantizer: Quantizer) -> Opened:
     """Load shards, every file checked against its checksum. Records and raw codes are mapped where files are local."""
-    lists, refine = quantizer.empty_lists(), quantizer.empty_refine()
-    start = 0
+    refine, packs = quantizer.empty_refine(), _packs(quantizer)
     if refine is not None:
         refine.ntotal = sum(shard.rows for shard in shards)
         refine.codes.resize(refine.ntotal * refine.code_size)  # once; growing copies what is there
-    for shard in shards:
+    parts: list[Segment] = []
+    for shard, start in zip(shards, itertools.accumulate((shard.rows for shard in shards), initial=0), strict=False):
         found = _read_faiss(folder, shard.lists)  # emptied as it is merged, which mapped lists refuse
-        _check_alike(folder, shard.lists, found, lists, shard.rows)
-        lists.invlists.merge_from(found.invlists, start)
-        lists.ntotal += shard.rows
+        _check_alike(folder, shard.lists, found, quantizer.ivf, shard.rows)
+        parts.append(Segment(found, start, shard.rows))
         if refine is not None:
             entry = _entry(folder, shard.refine, shard, "re-rank codes")
             found = _load_faiss(folder, entry)
             _check_alike(folder, entry, found, refine, shard.rows)  # FAISS would read past their end
             code_view(refine)[start : start + shard.rows] = code_view(found)
-        start += shard.rows
+    segment = Segment((_packed if packs else _merged)(quantizer, parts), 0, sum(shard.rows for shard in shards))
     rescoring = None if refine is None else Rescoring(refine, [code_view(refine)], refine)
     tables = [_records(folder, shard, checked=True) for shard in shards]
     raw = _open_raw(folder, shards, quantizer, checked=True)
-    return Opened([Segment(lists, 0, start)], rescoring, refine, raw, tables)
+    return Opened([segment], rescoring, refine, raw, tables)
+
+
+def _packs(quantizer: Quantizer) -> bool:
+    """Tell whether the codes are such as FastScan takes."""
+    return isinstance(quantizer.ivf, faiss.IndexIVFPQ) and quantizer.ivf.pq.nbits == 4
+
+
+def _packed(quantizer: Quantizer, parts: Sequence[Segment]) -> Any:
+    """Merge the lists of shards, which are emptied, and pack them for FastScan.
+
+    The plain lists are put aside into a file in memory before they are packed: in the heap both would lie mixed, and
+    what the plain ones leave would be half as much again as what is kept, and never given back.
+    """
+    merged = _merged(quantizer, parts)
+    try:
+        descriptor = os.memfd_create("lists")
+    except (AttributeError, OSError):  # not on this system
+        packed = faiss.IndexIVFPQFastScan(merged)
+    else:
+        path = f"/proc/self/fd/{descriptor}"
+        faiss.write_index(merged, path)
+        del merged
+        plain = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
+        os.close(descriptor)
+        packed = faiss.IndexIVFPQFastScan(plain)
+    packed.own_fields, packed.quantizer = False, quantizer.ivf.quantizer  # which outlives it
+    return packed
+
+
+def _merged(quantizer: Quantizer, parts: Sequence[Segment]) -> Any:
+    """Merge the lists of shards, which are emptied."""
+    merged = quantizer.empty_lists()
+    for part in parts:
+        merged.invlists.merge_from(part.lists.invlists, part.start)
+        merged.ntotal += part.rows
+    return merged
+
+
+def list_ids(lists: Any, number: int) -> npt.NDArray[np.int64]:
+    """Return the ids of an inverted list, without copying."""
+    size = lists.list_size(number)
+    if not size:
+        return np.empty(0, np.int64)
+    return faiss.rev_swig_ptr(lists.get_ids(number), size)  # type: ignore[no-any-return]
 
 
 def open_mapped(folder: str, shards: Sequence[Shard], quantizer: Quantizer) -> Opened:

@@ -8,7 +8,8 @@ from real import photos_folder, weights_file
 
 from jobs import cli
 from serving import Hit, Index
-from serving.manifest import load_run_manifest
+from serving.manifest import load_index_manifest, load_run_manifest
+from serving.quantizer import Quantizer
 from transforms.sampling import live_rows
 
 MOBILENET_V2 = "mobilenet_v2_1.0_224_no_top_bnfolded.h5"
@@ -71,7 +72,8 @@ def test_precision_by_label_through_the_index(vectors, answers):
 
 def test_recall_against_exact_search_in_the_index_own_space(built, vectors, answers):
     uris, _, raw = vectors
-    quantizer = Index.open(str(built / "index"))._quantizer
+    info = load_index_manifest(str(built / "index"))
+    quantizer = Quantizer((built / "index" / "versions" / info.version / info.trained.name).read_bytes())
     truth = nearest(quantizer.reduce(raw))
     shares = [
         len({hit.uri for hit in hits} & {uris[place] for place in places}) / K

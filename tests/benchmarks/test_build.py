@@ -188,7 +188,7 @@ def test_merges_of_ever_more_partials(tmp_path):
     rows = np.abs(random.standard_normal((2000, 16)).astype(np.float32)) + 0.1
     np.save(tmp_path / "x.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
     few, many = merges.merge_rows(tmp_path, tmp_path / "x.npy", (4, 16), rounds=1)
-    assert (few[0], few[2], many[0], many[2]) == (4, 1, 16, 4)
+    assert (few[0], few[2], many[0], many[2]) == (4, 4, 16, 4)
     assert many[1] == pytest.approx(4 * few[1], rel=0.2)
     assert all(figure >= 0 for row in (few, many) for figure in row)
     assert not (tmp_path / "merging").exists()
