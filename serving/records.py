@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,11 +46,10 @@ class _Labels:
 
     def __init__(self, column: pa.DictionaryArray) -> None:
         self.names: list[str | None] = [*column.dictionary.to_pylist(), None]
-        # The last name, None, stands for the missing.
-        if column.null_count == len(column):  # filled in, they would take memory to say nothing
-            self.codes = memoryview(np.broadcast_to(np.array([-1], np.int32), len(column)))
-        else:
-            self.codes = memoryview(column.indices.fill_null(-1).to_numpy())
+        # The last name, None, stands for the missing. Where all are, filling them in would take memory to say nothing.
+        labelled = column.null_count < len(column)
+        codes: Any = column.indices.fill_null(-1).to_numpy() if labelled else np.broadcast_to(np.int32(-1), len(column))
+        self.codes = memoryview(codes)
 
     def __getitem__(self, row: int) -> str | None:
         return self.names[self.codes[row]]
