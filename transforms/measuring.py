@@ -25,8 +25,8 @@ _RERANKS_RAW = (20, 30, 40, 60, 80, 120, 160, 240, 320)
 _CANDIDATES_A_RAW = (2, 3)
 """Candidates ranked by their reduced codes, for each that is ranked by its whole vector."""
 _EFFORTS = (1.0, 1.5, 2.0, 4.0)
-_RERANK_COST = 16
-"""Reading one byte of a code picked at random takes as long as scanning so many in a row."""
+_RERANK_COST, _RAW_COST = 16, 3
+"""Reading a byte of a code picked at random takes as long as scanning so many in a row; of a long code fewer."""
 _CONFIDENCE = 1.645
 """Standard errors above the target at which 19 samples in 20 of the queries would reach it."""
 _LATENCY_QUERIES = 300
@@ -161,8 +161,8 @@ def _cost(index: Index, shape: Design) -> Callable[[SearchSettings], float]:
     per_list = index.info.rows / shape.nlist * shape.code_bytes
 
     def cost(settings: SearchSettings) -> float:
-        picked = settings.rerank * shape.refine_bytes + settings.rerank_raw * shape.raw_bytes
-        return settings.nprobe * per_list + _RERANK_COST * picked
+        picked = _RERANK_COST * settings.rerank * shape.refine_bytes + _RAW_COST * settings.rerank_raw * shape.raw_bytes
+        return settings.nprobe * per_list + picked
 
     return cost
 

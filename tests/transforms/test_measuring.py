@@ -93,9 +93,9 @@ def shares(index, probe, truth, settings):
 
 
 def cost(settings, shape, rows):
-    """Bytes of codes in the lists visited, and sixteen times those of codes picked one by one."""
-    picked = settings.rerank * shape.refine_bytes + settings.rerank_raw * shape.raw_bytes
-    return settings.nprobe * rows / shape.nlist * shape.code_bytes + 16 * picked
+    """Bytes of codes in the lists visited, and sixteen times those of short codes picked one by one, thrice of long."""
+    picked = 16 * settings.rerank * shape.refine_bytes + 3 * settings.rerank_raw * shape.raw_bytes
+    return settings.nprobe * rows / shape.nlist * shape.code_bytes + picked
 
 
 def spread(found):
