@@ -3,8 +3,7 @@
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import faiss
@@ -16,22 +15,12 @@ from serving.quantizer import Quantizer
 from serving.rescoring import Floats, Rows, best_of
 from serving.selection import Selection
 from serving.shards import Opened, Segment
+from serving.threads import one_thread
 
 _BEST_FIRST = 11
 """FAISS's number for the scan that takes one query's lists nearest first and keeps candidates in a reservoir."""
 _BUFFERS = 64
 """Of different k that a thread keeps."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep FAISS's thread pool out of what this thread does: waking it takes longer than one search."""
-    threads = faiss.omp_get_max_threads()  # the setting is this thread's own
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(threads)
 
 
 class Lists:
@@ -73,7 +62,7 @@ class Lists:
         if threads == 1:
             self._single.search_c(1, pointer, k, to_scores, to_rows, params)
         else:
-            with one_thread():
+            with one_thread():  # waking FAISS's pool takes longer than one search
                 self._single.search_c(1, pointer, k, to_scores, to_rows, params)
         return scores, rows
 

@@ -38,10 +38,7 @@ class FileEntry:
         """Read the file below `folder` and check it; `ChecksumMismatch` or `NotFound` otherwise."""
         uri = storage.join(folder, self.name)
         data = storage.read(uri)
-        if len(data) != self.size:
-            raise ChecksumMismatch(f"{uri} has {len(data):,} bytes, its manifest names {self.size:,}; restore it")
-        if storage.sha256(data) != self.sha256:
-            raise ChecksumMismatch(f"{uri} is damaged: its checksum is not the manifest's; restore it")
+        self._compare(uri, len(data), hashlib.sha256(data))
         return data
 
     def check(self, folder: str) -> None:
@@ -52,6 +49,9 @@ class FileEntry:
             while block := source.read(_BLOCK):
                 digest.update(block)
                 size += len(block)
+        self._compare(uri, size, digest)
+
+    def _compare(self, uri: str, size: int, digest: Any) -> None:
         if size != self.size:
             raise ChecksumMismatch(f"{uri} has {size:,} bytes, its manifest names {self.size:,}; restore it")
         if digest.hexdigest() != self.sha256:

@@ -39,8 +39,6 @@ class Opened:
     """All re-rank codes in one FAISS index; None where they are mapped, or where there are none."""
     raw: Rescoring | None
     records: list[pa.Table]
-    mapped: bool = False
-    """Whether the lists are somebody else's pages, which FAISS may read and not repack."""
 
 
 def choose(info: IndexManifest, shards: Sequence[int] | None) -> list[Shard]:
@@ -137,7 +135,7 @@ def open_mapped(folder: str, shards: Sequence[Shard], quantizer: Quantizer) -> O
             codes.append(code_view(keep[-1]))
     refine = None if quantizer.refine is None else Rescoring(quantizer.refine, codes, keep)
     tables = [_records(folder, shard, checked=False) for shard in shards]
-    return Opened(segments, refine, None, _open_raw(folder, shards, quantizer, checked=False), tables, mapped=True)
+    return Opened(segments, refine, None, _open_raw(folder, shards, quantizer, checked=False), tables)
 
 
 def _open_raw(folder: str, shards: Sequence[Shard], quantizer: Quantizer, checked: bool) -> Rescoring | None:

@@ -25,6 +25,7 @@ import pytest
 from real import artifact, drawn  # noqa: F401 (fixtures)
 
 from serving import storage
+from serving.threads import one_thread
 
 _numbers = itertools.count(1)
 
@@ -331,3 +332,10 @@ def s3_fake(_s3: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
 @pytest.fixture
 def s3_server(s3_fake: FakeS3) -> str:
     return s3_fake.new_bucket()
+
+
+@pytest.fixture(scope="module")
+def one_faiss_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine take longer than one."""
+    with one_thread():
+        yield

@@ -1,8 +1,6 @@
 """Train a quantizer on a sample: transform, coarse quantizer, codebooks."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import faiss
@@ -11,6 +9,7 @@ import numpy.typing as npt
 
 from serving.errors import UsageError
 from serving.rescoring import can_rescore
+from serving.threads import one_thread
 from transforms.designing import BITS, SUBVECTOR, Design
 
 SALT = 0x7472_6169_6E  # sets the training sample apart from the queries that measure
@@ -57,12 +56,12 @@ def _ivf_pq(shape: Design, raw_dim: int, vectors: npt.NDArray[np.float32]) -> by
     # Centred, not whitened: centring raises retrieval quality by label, whitening ruins it.
     pca = faiss.PCAMatrix(raw_dim, shape.dim)
     second = faiss.NormalizationTransform(shape.dim)
-    with _one_thread():  # the covariance's sums would depend on how threads share them
+    with one_thread():  # the covariance's sums would depend on how threads share them
         unit = first.apply(vectors)
         pca.train(unit)
         reduced = second.apply(pca.apply(unit))
     centroids = _cluster(reduced, shape.nlist)
-    with _one_thread():
+    with one_thread():
         rotation = _rotation(reduced, centroids)
         reduced, centroids = rotation.apply(reduced), rotation.apply(centroids)
         turned = _turned(pca, rotation)
@@ -71,7 +70,7 @@ def _ivf_pq(shape: Design, raw_dim: int, vectors: npt.NDArray[np.float32]) -> by
     # What the centroid leaves over is coded. By inner product one look-up table still serves all lists of a query:
     # the centroid's own share is added once a list.
     lists.by_residual = True
-    with _one_thread():  # the lists of the sample would depend on how a product is cut
+    with one_thread():  # the lists of the sample would depend on how a product is cut
         lists.train(reduced)
     inner: Any = lists
     if shape.refine_bytes:
@@ -120,7 +119,7 @@ def _coarse(centroids: npt.NDArray[np.float32], graph: bool) -> Any:
     coarse = faiss.IndexHNSWFlat(dim, _NEIGHBOURS, _METRIC) if graph else faiss.IndexFlatIP(dim)
     if graph:
         coarse.hnsw.efConstruction = _BUILD_EFFORT
-    with _one_thread():  # a graph depends on the order in which its points come
+    with one_thread():  # a graph depends on the order in which its points come
         coarse.add(centroids)
     return coarse
 
@@ -139,7 +138,7 @@ def _custom(key: str, raw_dim: int, vectors: npt.NDArray[np.float32]) -> bytes:
         # Lists packed for FastScan cannot be merged: they are kept plain, and packed when an index is opened.
         made = faiss.index_factory(raw_dim, re.sub(r"x4fsr?", "x4", key), _METRIC)
         first = faiss.NormalizationTransform(raw_dim)
-        with _one_thread():
+        with one_thread():
             made.train(first.apply(vectors))
     except RuntimeError as error:
         raise UsageError(f"--index-factory {key}: FAISS cannot build it: {str(error).splitlines()[-1]}") from None
@@ -180,13 +179,3 @@ def _chained(inner: Any, chain: list[Any]) -> Any:
 
 def _serialize(inner: Any, chain: list[Any]) -> bytes:
     return bytes(faiss.serialize_index(_chained(inner, chain)))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(threads)

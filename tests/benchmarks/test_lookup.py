@@ -2,7 +2,6 @@
 
 import json
 
-import faiss
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,13 +14,7 @@ from benchmarks.rounds import Measured, System
 COUNT, DIM = 2000, 64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine take longer than one."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 def found(**figures):

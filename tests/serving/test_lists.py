@@ -13,7 +13,7 @@ from indexes import Built, assert_best, assert_same, queries_for, recall, uris_o
 from pipelines.index import IndexRequest, TrainedDocument, build_version, publish
 from pipelines.runner import Runner
 from serving import Index, storage
-from serving.lists import Lists, one_thread
+from serving.lists import Lists
 from serving.manifest import SearchSettings
 from serving.quantizer import Quantizer
 from transforms.designing import Design
@@ -124,21 +124,6 @@ def test_any_lists_give_all_they_hold(custom, mode):
 
 
 # --- Threads, lists that are not there ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_number_of_threads_comes_back(count):
-    before = faiss.omp_get_max_threads()
-    try:
-        faiss.omp_set_num_threads(count)
-        with one_thread():
-            assert faiss.omp_get_max_threads() == 1
-        assert faiss.omp_get_max_threads() == count
-        with pytest.raises(KeyError), one_thread():
-            raise KeyError
-        assert faiss.omp_get_max_threads() == count
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def test_lists_that_a_graph_does_not_find_are_passed_over(pq, monkeypatch):

@@ -20,13 +20,7 @@ RERANKS = (20, 30, 40, 50, 60, 80, 100, 120, 160, 240, 320, 640)
 RERANKS_RAW = (20, 30, 40, 60, 80, 120, 160, 240, 320)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine take longer than one."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 @pytest.fixture(scope="module")

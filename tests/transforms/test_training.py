@@ -9,7 +9,7 @@ from serving.errors import UsageError
 from serving.quantizer import Quantizer
 from transforms import designing
 from transforms.designing import Design, Wishes, designs
-from transforms.training import _one_thread, train
+from transforms.training import train
 
 
 @contextlib.contextmanager
@@ -22,11 +22,7 @@ def threads(count):
         faiss.omp_set_num_threads(before)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine take longer than one."""
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 def unit(vectors):
@@ -121,14 +117,6 @@ def test_training_depends_on_the_vectors_alone(vectors):
     np.random.seed(2)
     assert train(shape, 48, vectors.copy()) == first
     assert train(shape, 48, vectors[::-1].copy()) != first
-
-
-def test_the_number_of_threads_comes_back_whatever_happens():
-    with threads(2):
-        with contextlib.suppress(ZeroDivisionError), _one_thread():
-            assert faiss.omp_get_max_threads() == 1
-            raise ZeroDivisionError
-        assert faiss.omp_get_max_threads() == 2
 
 
 def test_training_is_quiet(vectors, capfd):
