@@ -18,7 +18,9 @@ from pipelines.runner import Runner
 from serving import storage
 from serving.embedder import copy_artifact
 from serving.images import Limits
+from transforms.engines import AUTO, ENGINES
 from transforms.listing import Listing
+from transforms.reading import Ahead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +49,12 @@ class Options(EmbedderOptions):
     )
     all_files: bool = option("list files whose names are no image's, too", False)
     unit_size: int = option("images a work unit at most; more of them for collections of many millions", 512)
-    threads: int = option("threads a worker; 0 shares this machine's cores among its workers", 0)
-    precision: str = option("how vectors are kept", "float16", choices=["float16", "float32"])
+    threads: int = option("threads a worker; 0: its share of this machine's cores, or one on other machines", 0)
+    engine: str = option(
+        "what runs the network; `auto` takes TensorFlow on a GPU and LiteRT elsewhere", AUTO, choices=ENGINES
+    )
+    read_ahead: int = option("images read at once, ahead of those being embedded; more for slow stores", Ahead().images)
+    vector_type: str = option("how vectors are kept", "float16", choices=["float16", "float32"])
     max_pixels: int = option("refuse larger images by their header", Limits().max_pixels)
     max_bytes: int = option("refuse larger files", Limits().max_bytes)
     min_side: int = option("refuse images smaller than this, in pixels", Limits().min_side)
@@ -79,7 +85,9 @@ def request(options: Options) -> EmbedRequest:
         limits=Limits(options.max_pixels, options.max_bytes, options.min_side),
         unit_size=options.unit_size,
         threads=options.threads,
-        precision=options.precision,  # type: ignore[arg-type]
+        ahead=Ahead(options.read_ahead),
+        engine=options.engine,
+        vector_type=options.vector_type,  # type: ignore[arg-type]
         max_reject_ratio=options.max_reject_ratio,
         retry_rejects=options.retry_rejects,
     )

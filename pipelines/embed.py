@@ -1,6 +1,5 @@
 """Images → embeddings in a store: plan, embed, commit."""
 
-import os
 import secrets
 from collections import Counter
 from collections.abc import Iterator
@@ -17,9 +16,11 @@ from serving.images import Limits
 from serving.manifest import FileEntry, RunManifest, built_with, load_run_manifest, move_current, now, read_current
 from transforms.catalog import commit, count_outcomes, is_spoiled, part_name, read_catalog
 from transforms.embedding import EmbedSettings, EmbedUnits
+from transforms.engines import AUTO, ENGINES
 from transforms.listing import Listing
 from transforms.planning import Plan, Planner, discard
-from transforms.schema import EMBEDDED, CatalogRow, Precision
+from transforms.reading import Ahead
+from transforms.schema import EMBEDDED, CatalogRow, VectorType
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,10 @@ class EmbedRequest:
     limits: Limits = field(default_factory=Limits)
     unit_size: int = 512
     threads: int = 0
-    """Threads a worker; 0 shares this machine's cores among its workers."""
-    precision: Precision = "float16"
+    """Threads a worker; 0: its share of this machine's cores, or one where a worker is a process for each core."""
+    ahead: Ahead = field(default_factory=Ahead)
+    engine: str = AUTO
+    vector_type: VectorType = "float16"
     max_reject_ratio: float = 0.5
     retry_rejects: bool = False
 
@@ -47,6 +50,10 @@ class EmbedRequest:
             raise UsageError(f"--max-reject-ratio is {self.max_reject_ratio}; take 0 to 1")
         if self.threads < 0:
             raise UsageError(f"--threads is {self.threads}; take 1 or more, or 0 to share the cores")
+        if self.engine not in ENGINES:
+            raise UsageError(f"--engine {self.engine} is not known; there are {', '.join(ENGINES)}")
+        if self.ahead.images < 1:
+            raise UsageError(f"--read-ahead is {self.ahead.images}; take 1 image or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +103,7 @@ def _plan(
     known: Iterator[CatalogRow] = iter(())
     if parent is not None and parent.embedder.fingerprint == embedder.fingerprint:
         known = read_catalog(request.store, parent)
-    recipe = {"embedder": embedder.fingerprint, "precision": request.precision, **asdict(request.limits)}
+    recipe = {"embedder": embedder.fingerprint, "vector_type": request.vector_type, **asdict(request.limits)}
     planner = Planner(
         folder,
         recipe,
@@ -134,8 +141,10 @@ def _embed(
             run_id=run_id,
             fingerprint=embedder.fingerprint,
             limits=request.limits,
-            threads=request.threads or max(1, (os.cpu_count() or 1) // runner.worker_processes),
-            precision=request.precision,
+            threads=request.threads or runner.cores_per_worker,
+            ahead=request.ahead,
+            engine=request.engine,
+            vector_type=request.vector_type,
             heartbeat=heartbeats,
         )
 

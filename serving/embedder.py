@@ -2,26 +2,29 @@
 
 `<folder>/<fingerprint>/embedder.json` describes it, `model.tflite` beside it takes uint8 `[N, H, W, 3]`, with its
 preprocessing inside, and gives float32 `[N, dim]`. The fingerprint is the hash of everything that changes a vector.
+`saved_model/`, where there is one, is the same network for TensorFlow; `files.json` in it, written last, lists it.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from serving import storage
-from serving.errors import EmbedderMismatch, FormatError, ImageRejected, MissingExtra, UsageError
+from serving.errors import EmbedderMismatch, FormatError, ImageRejected, NotFound, UsageError
+from serving.litert import Engine, LiteRT
 from serving.manifest import Document, EmbedderRef, FileEntry
 
 MODEL = "model.tflite"
 DESCRIPTION = "embedder.json"
+SAVED_MODEL = "saved_model"
+SAVED_FILES = f"{SAVED_MODEL}/files.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +43,17 @@ class EmbedderSpec:
     image_recipe: str
     """How bytes become pixels; see `serving.images.RECIPE`."""
     precision: str = "float32"
+    """The network's arithmetic: `float32` or `int8`."""
+    calibration: str | None = None
+    """A hash of the pictures that the ranges of an int8 network come from."""
 
     @property
     def fingerprint(self) -> str:
         """Return 16 hex digits that name this embedder."""
-        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
+        fields = dataclasses.asdict(self)
+        if self.calibration is None:  # a name older than the field stays
+            del fields["calibration"]
+        canonical = json.dumps(fields, sort_keys=True).encode()
         return hashlib.sha256(canonical).hexdigest()[:16]
 
     @property
@@ -63,27 +72,45 @@ class EmbedderDocument(Document):
     built_with: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class SavedModelDocument(Document):
+    """The content of `saved_model/files.json`."""
+
+    files: tuple[FileEntry, ...]
+
+
 class Embedder:
-    """Turn pictures into vectors; safe to share by threads, each of which gets an interpreter of its own.
+    """Turn pictures into vectors; safe to share by threads."""
 
-    Pictures are run one by one: on CPUs that is as fast as batches, and a vector then never depends on its neighbours.
-    """
-
-    def __init__(self, spec: EmbedderSpec, model: bytes) -> None:
+    def __init__(self, spec: EmbedderSpec, engine: Engine) -> None:
         self.spec = spec
-        self._model = model
-        self._local = threading.local()
+        self._engine = engine
 
     @classmethod
     def open(cls, uri: str) -> "Embedder":
-        """Load the artifact in the folder `uri`, checking its fingerprint and its model's checksum."""
+        """Load the artifact in the folder `uri` into LiteRT, checking its fingerprint and its model's checksum."""
         document = read_description(uri)
-        return cls(document.spec, document.model.read(uri))
+        return cls.of_model(document.spec, document.model.read(uri))
+
+    @classmethod
+    def of_model(cls, spec: EmbedderSpec, model: bytes) -> "Embedder":
+        """Run `model`, which is LiteRT's."""
+        return cls(spec, LiteRT(model, spec.input_size, spec.dim))
 
     @property
     def fingerprint(self) -> str:
         """Return the embedder's name."""
         return self.spec.fingerprint
+
+    @property
+    def engine(self) -> str:
+        """Return what runs it: `litert` or `tensorflow`."""
+        return self._engine.name
+
+    @property
+    def batch(self) -> int:
+        """Return how many pictures are best embedded at once."""
+        return self._engine.batch
 
     def embed(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Embed uint8 `[N, H, W, 3]` into float32 `[N, dim]` (not normalised)."""
@@ -92,11 +119,12 @@ class Embedder:
             shape = ", ".join(map(str, ("N", *expected)))
             raise UsageError(f"pixels are {pixels.dtype} {pixels.shape}; this embedder takes uint8 ({shape})")
         vectors = np.empty((len(pixels), self.spec.dim), np.float32)
-        interpreter, source, target = self._session()
-        for row, picture in enumerate(pixels):
-            interpreter.set_tensor(source, picture[np.newaxis])
-            interpreter.invoke()
-            vectors[row] = interpreter.get_tensor(target)[0]
+        try:
+            for start in range(0, len(pixels), self.batch):
+                some = slice(start, start + self.batch)
+                vectors[some] = self._engine.run(pixels[some])
+        except FormatError as error:
+            raise FormatError(f"the model of the embedder {self.fingerprint} {error}") from None
         return vectors
 
     def embed_images(self, images: Sequence[bytes]) -> npt.NDArray[np.float32]:
@@ -110,34 +138,6 @@ class Embedder:
             except ImageRejected as error:
                 raise ImageRejected(error.reason, f"image {row + 1} of {len(images)}: {error.message}") from None
         return self.embed(pixels)
-
-    def _session(self) -> tuple[Any, int, int]:
-        if not hasattr(self._local, "session"):
-            try:
-                from ai_edge_litert.interpreter import Interpreter
-            except ImportError:
-                raise MissingExtra("embedding images", "images") from None
-            try:
-                # More threads inside one interpreter are slower than more interpreters of one thread.
-                interpreter = Interpreter(model_content=self._model, num_threads=1)
-                interpreter.allocate_tensors()
-            except (ValueError, RuntimeError) as error:
-                raise FormatError(f"the model of the embedder {self.fingerprint} cannot be run: {error}") from None
-            [source], [target] = interpreter.get_input_details(), interpreter.get_output_details()
-            self._check_model(source, target)
-            self._local.session = (interpreter, source["index"], target["index"])
-        session: tuple[Any, int, int] = self._local.session
-        return session
-
-    def _check_model(self, source: Any, target: Any) -> None:
-        expected = ((1, *self.spec.input_size, 3), np.uint8, (1, self.spec.dim), np.float32)
-        found = (tuple(source["shape"]), source["dtype"], tuple(target["shape"]), target["dtype"])
-        if found != expected:
-            takes, gives = (f"{kind.__name__} {tuple(map(int, shape))}" for shape, kind in (found[:2], found[2:]))
-            raise FormatError(
-                f"the model of the embedder {self.fingerprint} takes {takes} and gives {gives}, "
-                f"not what its description says: {self.spec.input_size} pixels, {self.spec.dim} numbers"
-            )
 
 
 def read_description(uri: str) -> EmbedderDocument:
@@ -168,10 +168,54 @@ def write_artifact(folder: str, spec: EmbedderSpec, model: bytes, built_with: di
     return uri
 
 
+def has_saved_model(uri: str) -> bool:
+    """Tell whether the artifact in the folder `uri` holds a whole SavedModel."""
+    return storage.exists(storage.join(uri, SAVED_FILES))
+
+
+def write_saved_model(uri: str, folder: Path) -> None:
+    """Add the SavedModel in a local `folder` to the artifact in the folder `uri`, unless it has one."""
+    if has_saved_model(uri):
+        return
+    files = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = f"{SAVED_MODEL}/{path.relative_to(folder).as_posix()}"
+        data = path.read_bytes()
+        if not storage.create(storage.join(uri, name), data):
+            data = storage.read(storage.join(uri, name))  # an export that was cut short here left it
+        files.append(FileEntry.of(name, data))
+    storage.create(storage.join(uri, SAVED_FILES), SavedModelDocument(tuple(files)).to_json())
+
+
+def fetch_saved_model(uri: str, folder: Path) -> Path:
+    """Copy the SavedModel of the artifact in the folder `uri` below a local `folder`; return where it is then."""
+    try:
+        document = SavedModelDocument.load(storage.join(uri, SAVED_FILES))
+    except NotFound:
+        raise NotFound(
+            f"{uri} holds no SavedModel, which the engine tensorflow runs; export it with `lookalike embed --engine "
+            "tensorflow` from the weights, or take --engine litert"
+        ) from None
+    for entry in document.files:
+        path = folder / entry.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(entry.read(uri))
+    return folder / SAVED_MODEL
+
+
 def copy_artifact(source: str, folder: str) -> str:
     """Copy the artifact `source` below `folder` unless it is there; return the copy's URI."""
     document = read_description(source)
     uri = storage.join(folder, document.fingerprint)
     if not storage.exists(storage.join(uri, DESCRIPTION)):
         write_artifact(folder, document.spec, document.model.read(source), document.built_with)
+    if has_saved_model(source) and not has_saved_model(uri):
+        _copy_saved_model(source, uri)
     return uri
+
+
+def _copy_saved_model(source: str, uri: str) -> None:
+    document = SavedModelDocument.load(storage.join(source, SAVED_FILES))
+    for entry in document.files:
+        storage.create(storage.join(uri, entry.name), entry.read(source))
+    storage.create(storage.join(uri, SAVED_FILES), document.to_json())

@@ -14,7 +14,7 @@ ROOMS = ("serving", "transforms", "pipelines", "jobs")
 TRAINERS = ("keras", "tensorflow")
 HEAVY = ("apache_beam", *TRAINERS)
 EXTRAS = ("PIL", "ai_edge_litert", "google.cloud.storage", "google.auth", "boto3")
-KERAS_IS_KNOWN_TO = ("jobs", "backbones.py")
+TRAINERS_ARE_KNOWN_TO = (("jobs", "backbones.py"), ("transforms", "engines.py"))
 
 
 def modules(root: Path, room: str) -> list[Path]:
@@ -26,7 +26,7 @@ def forbidden(path: Path, room: str) -> tuple[str, ...]:
     above = ROOMS[ROOMS.index(room) + 1 :]
     if room == "serving":
         return (*above, *HEAVY)
-    return above if path.parts[-2:] == KERAS_IS_KNOWN_TO else (*above, *TRAINERS)
+    return above if path.parts[-2:] in TRAINERS_ARE_KNOWN_TO else (*above, *TRAINERS)
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:

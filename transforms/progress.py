@@ -1,6 +1,7 @@
 """Heartbeats: how many items the workers on this machine have done, while Beam itself is silent.
 
-Each DoFn instance keeps one small file in a shared local folder up to date; the launcher adds them up.
+Each DoFn instance keeps one small file in a shared local folder up to date; the launcher adds them up. The other way,
+a file there tells them to stop.
 """
 
 import os
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _EVERY = 0.25  # seconds between writes, and between looks
+_STOP = "stop"
 
 
 class Heartbeat:
@@ -24,12 +26,14 @@ class Heartbeat:
         self._next = 0.0
 
     def add(self, done: int = 1, rejected: int = 0) -> None:
-        """Count items as done, some of them rejected."""
+        """Count items as done, some of them rejected; raise `KeyboardInterrupt` when the run was told to stop."""
         with self._lock:
             self._done += done
             self._rejected += rejected
             if time.monotonic() >= self._next:
                 self._write()
+                if self._path is not None and self._path.with_name(_STOP).exists():
+                    raise KeyboardInterrupt
 
     def flush(self) -> None:
         """Write the tally now."""
@@ -40,6 +44,12 @@ class Heartbeat:
         self._next = time.monotonic() + _EVERY
         if self._path is not None and self._path.parent.is_dir():
             self._path.write_text(f"{self._done} {self._rejected}")
+
+
+def stop(folder: str | None) -> None:
+    """Have every worker with a heartbeat in `folder` stop at its next item, as if Ctrl-C had reached it."""
+    if folder:
+        Path(folder, _STOP).touch()
 
 
 def tally(folder: Path) -> tuple[int, int]:

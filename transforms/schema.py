@@ -20,7 +20,7 @@ REJECTED = "rejected"
 UNREAD = "unread"
 """Rejected because the store did not give the bytes: the next run tries again, while `rejected` waits for new bytes."""
 
-Precision = Literal["float16", "float32"]
+VectorType = Literal["float16", "float32"]
 
 _TIME = pa.timestamp("us", tz="UTC")
 
@@ -71,13 +71,13 @@ class CatalogRow(NamedTuple):
     uri_hash: int
 
 
-def part_schema(precision: Precision) -> pa.Schema:
+def part_schema(vector_type: VectorType) -> pa.Schema:
     """Return the schema of a part: one row an image, `embedding` null where it was rejected.
 
     A plain list, not one of fixed size: Arrow before 26 writes nulls among lists of fixed size and then cannot read
     them (https://github.com/apache/arrow/issues/35692). The bytes in Parquet are the same.
     """
-    number = {"float16": pa.float16(), "float32": pa.float32()}[precision]
+    number = {"float16": pa.float16(), "float32": pa.float32()}[vector_type]
     return pa.schema(
         [
             pa.field("uri", pa.string(), nullable=False),

@@ -77,7 +77,7 @@ def test_the_fingerprint_is_a_function_of_the_content():
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EmbedderSpec)])
 def test_every_field_changes_the_fingerprint(field):
     value = getattr(SPEC, field)
-    other = {int: 512, str: f"{value}x", tuple: (224, 225)}[type(value)]
+    other = {int: 512, str: f"{value}x", tuple: (224, 225), type(None): "a hash"}[type(value)]
     assert dataclasses.replace(SPEC, **{field: other}).fingerprint != SPEC.fingerprint
 
 
@@ -188,7 +188,7 @@ def test_a_bad_picture_is_named_by_its_place(embedder, data, reason):
 def test_a_missing_engine_names_the_extra(embedder, monkeypatch, pixels):
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
     with pytest.raises(MissingExtra, match=r'pip install "lookalike\[images\]"'):
-        Embedder(embedder.spec, b"model").embed(pixels)
+        Embedder.of_model(embedder.spec, b"model").embed(pixels)
 
 
 # --- Its artifact ---------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_an_edited_description_is_another_embedder(copied, change, spec, sentenc
 
 def test_what_runs_in_a_garbage_model_is_said(pixels):
     with pytest.raises(FormatError, match=f"model of the embedder {SPEC.fingerprint} cannot be run"):
-        Embedder(SPEC, b"garbage").embed(pixels)
+        Embedder.of_model(SPEC, b"garbage").embed(pixels)
 
 
 @pytest.mark.parametrize("change", [{"dim": 7}, {"input_size": (96, 96)}])
@@ -245,7 +245,7 @@ def test_a_model_of_another_shape_is_refused(artifact, change):
     spec = dataclasses.replace(SPEC, **change)
     sentence = r"takes uint8 \(1, 224, 224, 3\) and gives float32 \(1, 1024\), not what its description says"
     with pytest.raises(FormatError, match=sentence):
-        Embedder(spec, Path(artifact, MODEL).read_bytes()).embed(np.zeros((1, *spec.input_size, 3), np.uint8))
+        Embedder.of_model(spec, Path(artifact, MODEL).read_bytes()).embed(np.zeros((1, *spec.input_size, 3), np.uint8))
 
 
 def test_an_artifact_is_opened_once_a_process(artifact):
