@@ -1,6 +1,6 @@
 """Peak memory of `lookalike embed` at two sizes of the collection, in each local mode.
 
-    python -m benchmarks.memory --sizes 1000 10000
+    python -m benchmarks.memory --sizes 2000 20000
 
 The images are a few hundred drawings under many names: memory is asked here, not variety. What is measured is the
 proportional set size of the job and all its worker processes, looked at ten times a second.
@@ -21,6 +21,7 @@ from jobs.console import table
 
 MODES: dict[str, Sequence[str]] = {
     "in process": (),
+    "2 threads of workers": ("--direct_num_workers=2", "--direct_running_mode=multi_threading"),
     "2 worker processes": ("--direct_num_workers=2", "--direct_running_mode=multi_processing"),
 }
 _DISTINCT = 240
@@ -66,7 +67,7 @@ def compare(sizes: Sequence[int], modes: Sequence[str] = tuple(MODES)) -> list[t
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000], help="images, the smallest first")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2000, 20_000], help="images, the smallest first")
     options = parser.parse_args()
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores")
     print(table(compare(options.sizes), ["mode", "images", "peak MiB", "ratio", "images/s, start-up included"]))

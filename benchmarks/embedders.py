@@ -1,0 +1,188 @@
+"""The systems that `benchmarks.embed` sets side by side, each in a process of its own.
+
+All get the same pictures and decode them with the project's own decoder; what differs is how the network is run and
+fed. The time of loading a network, and of its first picture, is nobody's.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs import backbones
+from serving.embedder import Embedder
+from serving.images import load
+
+BATCH = 32
+Figures = dict[str, float]
+
+
+def keras_single(images: list[Path], network: "Network") -> Figures:
+    """Keras' `predict`, picture by picture, as notebooks do it."""
+    model = network.build()
+
+    def one(path: Path) -> None:
+        model.predict(network.pixels(path)[np.newaxis], verbose=0)
+
+    one(images[0])
+    return _timed(lambda: [one(path) for path in images], len(images))
+
+
+def keras_batches(images: list[Path], network: "Network") -> Figures:
+    """Keras' `predict` on batches."""
+    model = network.build()
+
+    def some(paths: list[Path]) -> None:
+        model.predict(np.stack([network.pixels(path) for path in paths]), verbose=0)
+
+    batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+    some(batches[0])
+    return _timed(lambda: [some(paths) for paths in batches], len(images))
+
+
+def run_inference(images: list[Path], network: "Network") -> Figures:
+    """Beam's RunInference with the plainest handler that works: batches of 32 through the Keras model."""
+    import apache_beam as beam
+    from apache_beam.ml.inference.base import ModelHandler, RunInference
+
+    from pipelines.runner import Runner
+
+    model = network.build()
+    model.predict(np.stack([network.pixels(path) for path in images[:BATCH]]), verbose=0)
+
+    class Handler(ModelHandler[np.ndarray, np.ndarray, Any]):
+        def load_model(self) -> Any:
+            return model
+
+        def batch_elements_kwargs(self) -> dict[str, int]:
+            return {"min_batch_size": BATCH, "max_batch_size": BATCH}
+
+        def get_num_bytes(self, batch: Any) -> int:
+            return sum(pixels.nbytes for pixels in batch)  # Beam would pickle the batch to know
+
+        def run_inference(self, batch: Any, model: Any, inference_args: Any = None) -> Iterable[np.ndarray]:  # noqa: ARG002
+            return list(model.predict(np.stack(batch), verbose=0))
+
+    def build(pipeline: Any) -> None:
+        pixels = pipeline | beam.Create(images) | beam.Map(network.pixels)
+        # Without pickling a model that is here already: one process, one model.
+        _ = (
+            pixels
+            | RunInference(Handler())
+            | beam.Map(lambda vector: vector.astype(np.float16))
+            | beam.combiners.Count.Globally()
+        )
+
+    return _timed(lambda: Runner().run("embed", len(images), "img", build, None), len(images))
+
+
+def ours(images: list[Path], network: "Network", *beam_arguments: str) -> Figures:
+    """`lookalike embed`: the time of its graph, and that of the whole job."""
+    from pipelines.embed import EmbedRequest, run
+    from pipelines.runner import Runner, Silent
+
+    class Stopwatch(Silent):
+        seconds = 0.0
+
+        def start(self, stage: str, total: int, unit: str) -> None:  # noqa: ARG002
+            self.seconds -= time.perf_counter()
+
+        def finish(self) -> None:
+            self.seconds += time.perf_counter()
+
+    artifact, folder = network.artifact(), images[0].parent
+    store = network.work / "store"
+    shutil.rmtree(store, ignore_errors=True)
+    shutil.copytree(artifact, store / "embedders" / artifact.name)
+    watch = Stopwatch()
+    request = EmbedRequest((str(folder),), str(store), str(store / "embedders" / artifact.name), engine=network.engine)
+    started = time.perf_counter()
+    result = run(request, Runner(beam_arguments, watch))
+    whole = time.perf_counter() - started
+    assert result.manifest.accounting.embedded == len(images)
+    spent = {step: result.counters[f"embed/{step}_ms"] / 1000 for step in ("wait", "decode", "infer", "write")}
+    return {"images_per_second": len(images) / watch.seconds, "whole": len(images) / whole, **spent}
+
+
+def parts(images: list[Path], network: "Network") -> Figures:
+    """CPU seconds an image of decoding and of inference, each alone on one thread."""
+    embedder = network.open()
+    size, batch = embedder.spec.input_size, embedder.batch
+    data = [path.read_bytes() for path in images]
+    embedder.embed(np.zeros((batch, *size, 3), np.uint8))
+    started = time.process_time()
+    pixels = np.stack([load(one, size).pixels for one in data])
+    decoded = time.process_time()
+    embedder.embed(pixels)
+    done = time.process_time()
+    return {"decode": (decoded - started) / len(images), "infer": (done - decoded) / len(images)}
+
+
+SYSTEMS: dict[str, Callable[..., Figures]] = {
+    system.__name__: system for system in (keras_single, keras_batches, run_inference, ours, parts)
+}
+
+
+class Network:
+    """The network under test, as each system wants it."""
+
+    def __init__(self, work: Path, name: str, weights: str, engine: str) -> None:
+        self.work = work
+        self.engine = engine
+        self._name = name
+        self._weights = weights
+        side = backbones.find(name).side
+        self._size = (side, side)
+
+    def pixels(self, path: Path) -> Any:
+        """Read and decode."""
+        return load(path.read_bytes(), self._size).pixels
+
+    def build(self) -> Any:
+        """Build the Keras model, from uint8."""
+        weights = None if self._weights == "untrained" else self._weights
+        return backbones.build(backbones.find(self._name), weights)
+
+    def artifact(self) -> Path:
+        """Export it, once."""
+        return Path(export(self.work, self._name, self._weights, self.engine))
+
+    def open(self) -> Embedder:
+        """Open the artifact in the engine asked for."""
+        from transforms.engines import open_cached
+
+        return open_cached(str(self.artifact()), self.engine)
+
+
+def export(work: Path, name: str, weights: str, engine: str) -> str:
+    """Return the URI of the artifact below `work`."""
+    return backbones.ensure_exported(str(work / "artifacts"), name, weights, saved_model=engine == "tensorflow")
+
+
+def _timed(action: Callable[[], object], count: int) -> Figures:
+    started = time.perf_counter()
+    action()
+    return {"images_per_second": count / (time.perf_counter() - started)}
+
+
+def main() -> None:
+    """Run one system on the first pictures of a folder and write its figures as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--child", type=Path, required=True)
+    for name in ("system", "backbone", "weights", "engine"):
+        parser.add_argument(name)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("work", type=Path)
+    options, beam_arguments = parser.parse_known_args()
+    network = Network(options.work, options.backbone, options.weights, options.engine)
+    figures = SYSTEMS[options.system](sorted(options.images.iterdir()), network, *beam_arguments)
+    options.child.write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
