@@ -15,12 +15,12 @@ from serving.errors import RunFailed, UsageError
 from serving.images import Limits
 from serving.manifest import FileEntry, RunManifest, built_with, load_run_manifest, move_current, now, read_current
 from transforms.catalog import commit, count_outcomes, is_spoiled, part_name, read_catalog
-from transforms.embedding import EmbedSettings, EmbedUnits
 from transforms.engines import AUTO, ENGINES
 from transforms.listing import Listing
 from transforms.planning import Plan, Planner, discard
 from transforms.reading import Ahead
 from transforms.schema import EMBEDDED, CatalogRow, VectorType
+from transforms.units import EmbedSettings, EmbedUnits
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ class Ahead:
 
     images: int = 32
     """Images being read or waiting: as many requests are under way at once."""
-    bytes: int = 128 * 2**20
+    bytes: int = 64 * 2**20
     """Bytes of them, as listed; an image larger than this is read alone."""
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from transforms import progress
-from transforms.progress import Heartbeat, tally, watch
+from transforms.progress import Heartbeat, stop, tally, watch
 
 
 @pytest.fixture
@@ -71,6 +71,22 @@ def test_a_folder_that_was_removed_stops_nobody(tmp_path):
     heartbeat = Heartbeat(str(tmp_path / "gone"))
     heartbeat.add(5)
     heartbeat.flush()
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_heartbeat_that_was_told_to_stop_does_so_at_its_next_item(tmp_path):
+    heartbeat = Heartbeat(str(tmp_path))
+    heartbeat.add(1)
+    stop(str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        heartbeat.add(1)
+    heartbeat.flush()
+    assert tally(tmp_path) == (2, 0)
+
+
+def test_where_there_is_no_folder_nobody_is_told_to_stop(tmp_path):
+    stop(None)
+    stop(str(tmp_path / "gone"))
     assert not (tmp_path / "gone").exists()
 
 
