@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NoReturn
 
 from serving.errors import LookalikeError, MissingExtra
@@ -33,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     As in a shell, 130 is Ctrl-C, 143 is SIGTERM, and 141 says that nobody reads the output any more, as in `| head`.
     """
+    is_program = argv is None or _is_program()
     try:
         try:
-            return _run(list(sys.argv[1:] if argv is None else argv), heed_sigterm=argv is None or _is_program())
+            return _run(list(sys.argv[1:] if argv is None else argv), is_program)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _run(arguments: list[str], heed_sigterm: bool) -> int:
+def _run(arguments: list[str], is_program: bool) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0 if arguments else 2
@@ -54,15 +55,25 @@ def _run(arguments: list[str], heed_sigterm: bool) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     terminated = threading.Event()
     try:
-        with _sigterm_interrupts(terminated) if heed_sigterm else nullcontext():
+        with _sigterm_interrupts(terminated) if is_program else nullcontext():
             code: int = _load(verb).main(rest)
     except LookalikeError as error:
         print(f"lookalike {verb}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\nlookalike {verb}: interrupted; run the same command again to go on", file=sys.stderr)
-        return 143 if terminated.is_set() else 130
+        code = 143 if terminated.is_set() else 130
+        if is_program:
+            _leave(code)
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process now: Python would wait for threads amid a read that stalls, or amid a whole shard."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _is_program() -> bool:

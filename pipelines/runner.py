@@ -15,9 +15,10 @@ from typing import Any, NoReturn, Protocol
 import apache_beam as beam
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, SetupOptions, StandardOptions
 
+from pipelines.workers import run_apart
 from serving.errors import LookalikeError, RunFailed, UsageError
 from transforms.metrics import counters
-from transforms.progress import watch
+from transforms.progress import stop, watch
 
 LOCAL = ("DirectRunner", "FnApiRunner", "SwitchingDirectRunner")
 
@@ -75,7 +76,12 @@ class Runner:
         if not self.is_local:
             return 1
         asked = self.options().view_as(DirectOptions).direct_num_workers
-        return asked if asked > 0 else os.cpu_count() or 1  # Beam takes 0 for all cores
+        return asked if asked > 0 else os.cpu_count() or 1  # as Beam takes 0
+
+    @property
+    def cores_per_worker(self) -> int:
+        """Return a worker's share of the cores: Dataflow and its like start a process for each core."""
+        return max(1, _cores() // self.worker_processes) if self.is_local else 1
 
     def options(self) -> PipelineOptions:
         """Build fresh options; a run may change them."""
@@ -110,24 +116,36 @@ class Runner:
         self.progress.start(stage, total, unit)
         try:
             if heartbeats is None:
-                return self._run(build)
+                return self._run(build, None)
             with watch(Path(heartbeats), self.progress.update):
-                return self._run(build)
+                return self._run(build, heartbeats)
         finally:
             self.progress.finish()
 
-    def _run(self, build: Callable[[beam.Pipeline], Any]) -> dict[str, int]:
-        # Worker processes warn of their own launch flags, and Ctrl-C is no error to trace.
-        logging.getLogger("apache_beam.runners.portability.local_job_service").setLevel(logging.ERROR)
-        logging.getLogger("apache_beam.runners.common").addFilter(_not_interrupted)
+    def _run(self, build: Callable[[beam.Pipeline], Any], heartbeats: str | None) -> dict[str, int]:
+        # Ctrl-C is no error to trace.
+        for name in ("common", "worker.sdk_worker"):
+            logging.getLogger(f"apache_beam.runners.{name}").addFilter(_not_interrupted)
         pipeline = beam.Pipeline(options=self.options())
         build(pipeline)
+
+        def finish() -> tuple[Any, str | None]:
+            result = pipeline.run()
+            return result, result.wait_until_finish()
+
         with _sentences():
-            result = self.last_result = pipeline.run()
-            state = result.wait_until_finish()
+            result, state = run_apart(finish, lambda: stop(heartbeats)) if self.is_local else finish()
+        self.last_result = result
         if state is not None and state != "DONE":
             raise RunFailed(f"the pipeline ended as {state}; the runner's log says why")
         return counters(result)
+
+
+def _cores() -> int:
+    """Count the cores this process may use: fewer than there are in a container or under taskset."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _BeamParser(argparse.ArgumentParser):
@@ -154,7 +172,7 @@ def refuse_unknown(arguments: Sequence[str], own: Iterable[str] = ()) -> None:
 
 
 def _not_interrupted(record: logging.LogRecord) -> bool:
-    return "KeyboardInterrupt" not in record.getMessage()
+    return "KeyboardInterrupt" not in f"{record.getMessage()} {record.exc_info}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _EVERY = 0.25  # seconds between writes, and between looks
@@ -32,8 +32,8 @@ class Heartbeat:
             self._rejected += rejected
             if time.monotonic() >= self._next:
                 self._write()
-                if self._path is not None and self._path.with_name(_STOP).exists():
-                    raise KeyboardInterrupt
+        if self._path is not None and self._path.with_name(_STOP).exists():
+            raise KeyboardInterrupt
 
     def flush(self) -> None:
         """Write the tally now."""
@@ -49,7 +49,8 @@ class Heartbeat:
 def stop(folder: str | None) -> None:
     """Have every worker with a heartbeat in `folder` stop at its next item, as if Ctrl-C had reached it."""
     if folder:
-        Path(folder, _STOP).touch()
+        with suppress(OSError):  # a folder that was removed has nobody to tell
+            Path(folder, _STOP).touch()
 
 
 def tally(folder: Path) -> tuple[int, int]:

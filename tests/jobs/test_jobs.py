@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -258,36 +256,6 @@ def test_a_missing_extra_is_one_helpful_sentence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     assert cli.main(["embed", "--images", "x", "--store", "s"]) == 2
     assert 'pip install "lookalike[pipeline]"' in capsys.readouterr().err
-
-
-def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(drawn, artifact, tmp_path):
-    """Sixty pictures under many names, so that there is time to interrupt."""
-    (tmp_path / "images").mkdir()
-    for number in range(10):
-        for path in drawn.glob("*/*"):
-            os.link(path, tmp_path / "images" / f"{number:02}-{path.name}")
-    images, store = str(tmp_path / "images"), tmp_path / "store"
-    command = ["embed", "--images", images, "--store", str(store), "--embedder", artifact, "--unit-size", "16"]
-    # Where the tests run in the background, Ctrl-C may be ignored, and a child process inherits that.
-    heeding = (
-        "import signal, sys; signal.signal(2, signal.default_int_handler); from jobs import cli; sys.exit(cli.main())"
-    )
-    job = subprocess.Popen([sys.executable, "-c", heeding, *command], stderr=subprocess.PIPE, text=True)
-    while len(list(store.glob("parts/*/*.parquet"))) < 3 and job.poll() is None:
-        time.sleep(0.02)
-    started = time.monotonic()
-    job.send_signal(signal.SIGINT)
-    _, error = job.communicate(timeout=30)
-    assert time.monotonic() - started < 5
-    assert job.returncode == 130
-    assert error.splitlines()[-1] == "lookalike embed: interrupted; run the same command again to go on"
-    assert "Traceback" not in error
-    kept = {path: path.stat().st_mtime_ns for path in store.glob("parts/*/*.parquet")}
-    assert len(kept) >= 3
-    assert not (store / "CURRENT").exists()
-    assert cli.main(command) == 0
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert cli.main(["verify", str(store)]) == 0
 
 
 def test_the_module_is_the_same_as_the_verb():

@@ -1,4 +1,7 @@
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import apache_beam as beam
@@ -6,6 +9,7 @@ import pytest
 
 from pipelines.runner import Runner, refuse_unknown
 from serving.errors import NotFound, RunFailed, UsageError
+from transforms.progress import Heartbeat
 
 
 class Recorded:
@@ -48,6 +52,53 @@ def test_our_own_errors_stay_what_they_are():
 def test_ctrl_c_in_a_worker_is_ctrl_c():
     with pytest.raises(KeyboardInterrupt):
         run(failing(KeyboardInterrupt()))
+
+
+PROCESSES = ("--direct_running_mode=multi_processing", "--direct_num_workers=2")
+
+
+@pytest.mark.parametrize(("does", "number"), [(os._exit, 7), (signal.raise_signal, signal.SIGTERM)])
+def test_a_worker_process_that_ends_is_one_sentence_and_takes_the_other_along(does, number):
+    """The other one would sleep for longer than anybody waits."""
+
+    def build(pipeline):
+        numbers = pipeline | beam.Create([number, 600]) | beam.Reshuffle()
+        return numbers | beam.Map(lambda n: time.sleep(n) if n == 600 else does(n))
+
+    started = time.monotonic()
+    how = "ended with code 7" if does is os._exit else "died of signal 15"
+    with pytest.raises(RunFailed, match=rf"^a worker process {how}; what was finished is kept, run again to go on$"):
+        run(build, *PROCESSES)
+    assert time.monotonic() - started < 30
+    deadline = time.monotonic() + 5
+    while any(thread.name == "beam" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("mode", ["in_memory", "multi_threading"])
+def test_threads_of_an_interrupted_run_stop_at_their_next_item(mode, tmp_path):
+    """They would be at it for a minute."""
+
+    def build(pipeline):
+        def work(_element):
+            heartbeat = Heartbeat(str(tmp_path))
+            for _ in range(6000):
+                heartbeat.add()
+                time.sleep(0.01)
+
+        return pipeline | beam.Create([1]) | beam.Map(work)
+
+    timer = threading.Timer(1, signal.raise_signal, [signal.SIGUSR1])
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Runner([f"--direct_running_mode={mode}"]).run("stage", 1, "img", build, str(tmp_path))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        timer.join()
+    assert not any(thread.name == "beam" for thread in threading.enumerate())
 
 
 def test_progress_ends_even_when_the_stage_fails(tmp_path: Path):
