@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any, cast
 
 from serving import remote
 from serving.errors import AccessDenied, MissingExtra, NotFound, StorageError
@@ -27,6 +28,7 @@ except ImportError as error:
     raise MissingExtra("reading gs:// URIs", "gcs") from error
 
 _SIGN_IN = "run `gcloud auth application-default login`, or set LOOKALIKE_ANONYMOUS=1 for a public bucket"
+_FIRST_PAUSE = 0.2  # seconds, doubled each time; a single fault should not hold up a reader for longer than it must
 _FIELDS = "items(name,size,generation,updated),nextPageToken"
 
 
@@ -36,11 +38,15 @@ class GoogleStorage(remote.RemoteStorage):
     def __init__(self) -> None:
         self._client = Client(project=None, credentials=_credentials())
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=remote.CONNECTIONS)
+        session = self._client._http
         for scheme in ("https://", "http://"):
-            self._client._http.mount(scheme, adapter)
+            session.mount(scheme, adapter)
+        # The environment is asked for proxies and certificates once: asked by each request, it took 0.2 of 1 ms.
+        found = session.merge_environment_settings(self._client.api_endpoint, {}, None, None, None)
+        session.proxies, session.verify, session.trust_env = found["proxies"], found["verify"], False
         self._limits = {
             "timeout": (remote.CONNECT_SECONDS, remote.READ_SECONDS),
-            "retry": DEFAULT_RETRY.with_timeout(remote.GIVE_UP_SECONDS),
+            "retry": DEFAULT_RETRY.with_timeout(remote.GIVE_UP_SECONDS).with_delay(initial=_FIRST_PAUSE),
         }
 
     def stat(self, uri: str) -> Entry:
@@ -68,7 +74,8 @@ class GoogleStorage(remote.RemoteStorage):
         with _sentences(uri):
             blob = self._blob(uri)
             # Raw: the bytes as they are stored, whose number was listed.
-            data = blob.download_as_bytes(
+            data = self._download(
+                blob,
                 start=start or None,
                 end=end,
                 if_generation_match=None if etag is None else _generation(etag),
@@ -77,6 +84,13 @@ class GoogleStorage(remote.RemoteStorage):
                 **self._limits,
             )
             return data, str(blob.generation)
+
+    def _download(self, blob: Blob, **request: Any) -> bytes:
+        # The client does not ask again for bytes that fail their checksum.
+        for _ in range(remote.ATTEMPTS - 1):
+            with suppress(DataCorruption):
+                return cast(bytes, blob.download_as_bytes(**request))
+        return cast(bytes, blob.download_as_bytes(**request))
 
     def _put(self, uri: str, data: bytes, token: str | None, writer: str) -> bool:
         with _sentences(uri, of_bucket=True):

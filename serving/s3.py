@@ -11,6 +11,7 @@ from serving.storage import Entry, split_bucket
 
 try:
     import boto3
+    import urllib3
     from botocore import UNSIGNED
     from botocore import exceptions as failures
     from botocore.config import Config
@@ -28,7 +29,14 @@ _NO_CREDENTIALS = (
     failures.SSOError,
     failures.TokenRetrievalError,
 )
-_TORN = (failures.IncompleteReadError, failures.ReadTimeoutError, failures.ResponseStreamingError)
+_TORN = (
+    failures.FlexibleChecksumError,
+    failures.IncompleteReadError,
+    failures.ReadTimeoutError,
+    failures.ResponseStreamingError,
+    urllib3.exceptions.HTTPError,  # TLS that breaks amid a body comes through as it is
+    OSError,
+)
 
 
 class S3Storage(remote.RemoteStorage):
@@ -148,6 +156,8 @@ def _sentences(uri: str, of_bucket: bool = False) -> Iterator[None]:
         raise AccessDenied(f"{uri}: no usable credentials were found ({error}); {_SIGN_IN}") from error
     except failures.BotoCoreError as error:
         raise StorageError(f"{uri}: {' '.join(str(error).split())}") from error
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise remote.unreachable(uri, error) from error
 
 
 def _explained(uri: str, error: Any, of_bucket: bool) -> StorageError:

@@ -349,7 +349,7 @@ def test_passing_faults_are_retried(remote_store: SimpleNamespace) -> None:
     uri = join(remote_store.uri, "a")
     storage.create(uri, b"0123456789")
     etag = storage.of(uri).stat(uri).etag
-    for fault in (503, 429, "lost", "cut"):
+    for fault in (503, 429, "lost", "reset", "cut", "clipped", "garbled"):
         remote_store.fake.requests.clear()
         remote_store.fake.faults.append(fault)
         assert storage.read(uri, etag) == b"0123456789", fault
@@ -419,6 +419,7 @@ def test_lasting_faults_end(remote_store: SimpleNamespace) -> None:
         (400, "refused the request"),
         ("lost", "cannot be reached"),
         ("cut", "cannot be reached"),
+        ("garbled", "[Cc]hecksum"),
     ]:
         remote_store.fake.faults.extend([fault] * 9)
         with pytest.raises(StorageError, match=sentence) as raised:
@@ -475,6 +476,32 @@ def test_gs_large_objects_are_written_once(gcs_fake: Any, gcs_server: str) -> No
     assert storage.read(uri) == data
     assert not storage.create(uri, b"x" * len(data))
     assert storage.read(uri) == data
+
+
+@pytest.mark.parametrize("avoided", [False, True])
+def test_gs_proxy_of_the_environment(
+    gcs_fake: Any, gcs_server: str, monkeypatch: pytest.MonkeyPatch, avoided: bool
+) -> None:
+    uri = join(gcs_server, "a")
+    storage.create(uri, b"x")
+    storage._client.cache_clear()
+    for name in ("http_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    if avoided:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    else:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://storage.invalid")
+        monkeypatch.setenv("HTTP_PROXY", gcs_fake.url)
+    assert storage.read(uri) == b"x"
+    assert gcs_fake.requests[-1].startswith("GET /download" if avoided else "GET http://storage.invalid/download")
+
+
+@pytest.mark.usefixtures("gcs_server")
+def test_gs_certificates_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/etc/own.pem")
+    session = storage.of("gs://b")._client._http  # type: ignore[attr-defined]
+    assert session.verify == "/etc/own.pem"
 
 
 @pytest.mark.usefixtures("gcs_server")
@@ -589,6 +616,30 @@ def test_s3_writes_again_after_a_conflict_of_two_writes(
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(StorageError, match=f"^{uri}: others keep writing it"):
         storage.create(uri, b"z")
+
+
+def test_s3_breaks_below_http_are_retried(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from urllib3.exceptions import SSLError
+
+    uri = join(s3_server, "a")
+    storage.create(uri, b"x")
+    client = storage.of(uri)._client  # type: ignore[attr-defined]
+    real, breaks = client.get_object, [SSLError("bad record"), ConnectionResetError(), SSLError("again")]
+
+    def break_amid(error: Exception) -> None:
+        raise error
+
+    def get(**request: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = real(**request)
+        if breaks:
+            answer["Body"] = SimpleNamespace(read=lambda: break_amid(breaks.pop()))
+        return answer
+
+    monkeypatch.setattr(client, "get_object", get)
+    assert storage.read(uri) == b"x"
+    breaks.extend([SSLError("bad record")] * remote.ATTEMPTS)
+    with pytest.raises(StorageError, match=f"^{uri}: the store cannot be reached .SSLError"):
+        storage.read(uri)
 
 
 def test_s3_missing_credentials_are_said_in_seconds(
