@@ -2,7 +2,7 @@
 
 `<folder>/<fingerprint>/embedder.json` describes it, `model.tflite` beside it takes uint8 `[N, H, W, 3]`, with its
 preprocessing inside, and gives float32 `[N, dim]`. The fingerprint is the hash of everything that changes a vector.
-`saved_model/`, where there is one, is the same network for TensorFlow; `files.json` in it, written last, lists it.
+`saved_model/`, where there is one, holds the same network for TensorFlow; `files.json` in it, written last, lists it.
 """
 
 import dataclasses
@@ -10,8 +10,9 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,12 +71,16 @@ class EmbedderDocument(Document):
     spec: EmbedderSpec
     model: FileEntry
     built_with: dict[str, str]
+    measured: dict[str, Any] = field(default_factory=dict)
+    """What its precision costs and gains on images that it was not calibrated on; empty for float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedModelDocument(Document):
     """The content of `saved_model/files.json`."""
 
+    folder: str
+    """Where the SavedModel is, relative to the artifact."""
     files: tuple[FileEntry, ...]
 
 
@@ -158,12 +163,18 @@ def open_cached(uri: str) -> Embedder:
     return Embedder.open(uri)
 
 
-def write_artifact(folder: str, spec: EmbedderSpec, model: bytes, built_with: dict[str, str]) -> str:
+def write_artifact(
+    folder: str,
+    spec: EmbedderSpec,
+    model: bytes,
+    built_with: dict[str, str],
+    measured: dict[str, Any] | None = None,
+) -> str:
     """Write an artifact below `folder` unless it is there; return its URI."""
     uri = storage.join(folder, spec.fingerprint)
     if not storage.create(storage.join(uri, MODEL), model):
         model = storage.read(storage.join(uri, MODEL))  # an export that was cut short here left it
-    document = EmbedderDocument(spec.fingerprint, spec, FileEntry.of(MODEL, model), built_with)
+    document = EmbedderDocument(spec.fingerprint, spec, FileEntry.of(MODEL, model), built_with, measured or {})
     storage.create(storage.join(uri, DESCRIPTION), document.to_json())
     return uri
 
@@ -177,14 +188,15 @@ def write_saved_model(uri: str, folder: Path) -> None:
     """Add the SavedModel in a local `folder` to the artifact in the folder `uri`, unless it has one."""
     if has_saved_model(uri):
         return
-    files = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = f"{SAVED_MODEL}/{path.relative_to(folder).as_posix()}"
-        data = path.read_bytes()
-        if not storage.create(storage.join(uri, name), data):
-            data = storage.read(storage.join(uri, name))  # an export that was cut short here left it
-        files.append(FileEntry.of(name, data))
-    storage.create(storage.join(uri, SAVED_FILES), SavedModelDocument(tuple(files)).to_json())
+    contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    # Two exports of one network differ, and a file of one beside a file of the other is no SavedModel: each has its own
+    # folder, and what an export that was cut short left behind is never mixed in.
+    digest = storage.sha256(json.dumps({name: storage.sha256(contents[name]) for name in sorted(contents)}).encode())
+    place = f"{SAVED_MODEL}/{digest[:16]}"
+    files = tuple(FileEntry.of(f"{place}/{name}", contents[name]) for name in sorted(contents))
+    for name, data in contents.items():
+        storage.create(storage.join(uri, place, name), data)
+    storage.create(storage.join(uri, SAVED_FILES), SavedModelDocument(place, files).to_json())
 
 
 def fetch_saved_model(uri: str, folder: Path) -> Path:
@@ -200,7 +212,7 @@ def fetch_saved_model(uri: str, folder: Path) -> Path:
         path = folder / entry.name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(entry.read(uri))
-    return folder / SAVED_MODEL
+    return folder / document.folder
 
 
 def copy_artifact(source: str, folder: str) -> str:
@@ -208,7 +220,7 @@ def copy_artifact(source: str, folder: str) -> str:
     document = read_description(source)
     uri = storage.join(folder, document.fingerprint)
     if not storage.exists(storage.join(uri, DESCRIPTION)):
-        write_artifact(folder, document.spec, document.model.read(source), document.built_with)
+        write_artifact(folder, document.spec, document.model.read(source), document.built_with, document.measured)
     if has_saved_model(source) and not has_saved_model(uri):
         _copy_saved_model(source, uri)
     return uri

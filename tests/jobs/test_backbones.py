@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -6,9 +7,10 @@ from real import weights_file
 
 from jobs import backbones
 from jobs.backbones import BACKBONES, build, ensure_exported
-from serving.embedder import Embedder, read_description
+from serving.embedder import DESCRIPTION, Embedder, has_saved_model, read_description
 from serving.errors import UsageError
 from serving.images import load
+from transforms.engines import TENSORFLOW, open_cached
 
 MOBILENET_V2 = "mobilenet_v2_1.0_224_no_top_bnfolded.h5"
 
@@ -55,6 +57,56 @@ def test_preprocessing_is_the_published_one(name, mode):
     expected = {"tf": [1.0, 128 / 127.5 - 1, -1.0], "caffe": [0 - 103.939, 128 - 116.779, 255 - 123.68]}[mode]
     np.testing.assert_allclose(module.preprocess_input(given.copy())[0, 0, 0], expected, atol=1e-5)
     assert BACKBONES[name].preprocessing == mode
+
+
+def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return (one * other).sum(axis=1) / (np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export for LiteRT, then for TensorFlow too."""
+    folder = str(tmp_path_factory.mktemp("both"))
+    uri = ensure_exported(folder, "mobilenet", "untrained")
+    assert not has_saved_model(uri)
+    description = Path(uri, DESCRIPTION).read_bytes()
+    assert ensure_exported(folder, "mobilenet", "untrained", saved_model=True) == uri
+    assert has_saved_model(uri)
+    assert Path(uri, DESCRIPTION).read_bytes() == description
+    return Path(uri)
+
+
+def test_tensorflow_gives_what_litert_gives(both, drawn):
+    given = pixels(drawn, 224)
+    embedder = open_cached(str(both), TENSORFLOW)
+    assert embedder.engine == TENSORFLOW
+    found, expected = embedder.embed(given), Embedder.open(str(both)).embed(given)
+    assert cosines(found, expected).min() >= 0.9999
+    # Random networks give all pictures nearly one direction: what is left without it must agree too.
+    assert cosines(found - expected.mean(axis=0), expected - expected.mean(axis=0)).min() >= 0.9999
+
+
+def test_tensorflow_gives_what_litert_gives_with_real_weights(drawn, tmp_path):
+    uri = ensure_exported(str(tmp_path), "mobilenet_v2", weights_file(MOBILENET_V2), saved_model=True)
+    given = pixels(drawn, 224, 30)
+    assert cosines(open_cached(uri, TENSORFLOW).embed(given), Embedder.open(uri).embed(given)).min() >= 0.9999
+
+
+def test_a_saved_model_that_was_cut_short_is_finished(both, drawn, tmp_path):
+    """Exports of one network differ: what is left of the first must not get among the second."""
+    uri = Path(shutil.copytree(both, tmp_path / both.name))
+    (uri / "saved_model" / "files.json").unlink()
+    [pb] = uri.glob("saved_model/*/saved_model.pb")
+    pb.unlink()
+    assert not has_saved_model(str(uri))
+    assert ensure_exported(str(tmp_path), "mobilenet", "untrained", saved_model=True) == str(uri)
+    given = pixels(drawn, 224, 3)
+    assert cosines(open_cached(str(uri), TENSORFLOW).embed(given), Embedder.open(str(uri)).embed(given)).min() >= 0.9999
+
+
+def test_a_saved_model_is_exported_once(both, monkeypatch):
+    monkeypatch.setattr(backbones, "build", lambda *_: pytest.fail("built again"))
+    assert ensure_exported(str(both.parent), "mobilenet", "untrained", saved_model=True) == str(both)
 
 
 def test_an_artifact_is_exported_once(tmp_path, monkeypatch):
