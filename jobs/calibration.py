@@ -99,22 +99,28 @@ def export(store: str, network: backbones.Network, images: Iterable[ImageRef], l
 def draw(images: Iterable[ImageRef], size: tuple[int, int], limits: Limits) -> Sample:
     """Decode the images whose uris have the smallest hashes, passing over bad ones: few, but always the same."""
     looked_at = heapq.nsmallest(_SPARE * _SAMPLE, images, key=lambda ref: uri_hash(ref.uri))
-    good: list[tuple[ImageRef, Pixels]] = []
-    with ThreadPoolExecutor(_READS) as pool:
-        for start in range(0, len(looked_at), _READS):  # map() alone would hold them all
-            some = looked_at[start : start + _READS]
-            decoded = pool.map(_decode, some, itertools.repeat(size), itertools.repeat(limits))
-            good += [(ref, pixels) for ref, pixels in zip(some, decoded, strict=True) if pixels is not None]
-            if len(good) >= _SAMPLE:
-                break
-    if len(good) < _LEAST:
+    sample = decode(looked_at, size, limits, _SAMPLE)
+    if len(sample) < _LEAST:
         raise UsageError(
-            f"--precision int8 takes {_LEAST} images or more, to be calibrated and measured on; {len(good)} of "
+            f"--precision int8 takes {_LEAST} images or more, to be calibrated and measured on; {len(sample)} of "
             f"{len(looked_at)} can be read and decoded: take --precision float32"
         )
-    del good[_SAMPLE:]
+    return sample
+
+
+def decode(images: Sequence[ImageRef], size: tuple[int, int], limits: Limits, wanted: int | None = None) -> Sample:
+    """Decode images in their order, passing over bad ones, until there are as many as wanted."""
+    good: list[tuple[ImageRef, Pixels]] = []
+    with ThreadPoolExecutor(_READS) as pool:
+        for start in range(0, len(images), _READS):  # map() alone would hold them all
+            some = images[start : start + _READS]
+            decoded = pool.map(_decode, some, itertools.repeat(size), itertools.repeat(limits))
+            good += [(ref, pixels) for ref, pixels in zip(some, decoded, strict=True) if pixels is not None]
+            if wanted is not None and len(good) >= wanted:
+                break
+    del good[len(good) if wanted is None else wanted :]
     return Sample(
-        np.stack([pixels for _, pixels in good]),
+        np.stack([pixels for _, pixels in good]) if good else np.empty((0, *size, 3), np.uint8),
         tuple(ref.uri for ref, _ in good),
         tuple(ref.label for ref, _ in good),
     )
