@@ -1,5 +1,6 @@
 """A store that fails now and then costs no image, and one that does not is asked once for each."""
 
+import gc
 import hashlib
 import random
 import re
@@ -22,6 +23,13 @@ FAULTS = {429: 1.25, 500: 1.25, 503: 1.25, "reset": 1.25, "stall": 1, "cut": 2, 
 
 # Google's client leaves a connection to the garbage collector when it tries a download again.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket.socket")
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """Have those connections end while the mark above holds."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
