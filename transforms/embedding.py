@@ -14,6 +14,7 @@ import pyarrow as pa
 from serving.embedder import Embedder
 from serving.errors import Changed, ImageRejected, NotFound, StorageError, TimedOut
 from serving.images import Limits, load
+from serving.litert import Pixels
 from transforms.reading import Read
 from transforms.schema import EMBEDDED, REJECTED, UNREAD, ImageRef, VectorType
 
@@ -44,7 +45,7 @@ class Outcome:
         return UNREAD if self.unread else REJECTED
 
 
-def prepare(read: Read, size: tuple[int, int], limits: Limits) -> tuple[Outcome, npt.NDArray[np.uint8] | None]:
+def prepare(read: Read, size: tuple[int, int], limits: Limits) -> tuple[Outcome, Pixels | None]:
     """Decode an image that was read; what is wrong with it ends up in the outcome, beside no pixels."""
     outcome = Outcome()
     try:
@@ -92,19 +93,23 @@ class Clock:
 
 
 def embed_some(
-    reads: Sequence[Read], embedder: Embedder, limits: Limits, vector_type: VectorType, clock: Clock
+    reads: Sequence[Read], embedder: Embedder, limits: Limits, vector_type: VectorType, room: Pixels, clock: Clock
 ) -> list[Outcome]:
-    """Decode some images and embed them at once."""
-    prepared = [prepare(read, embedder.spec.input_size, limits) for read in reads]
+    """Decode some images and embed them; `room` is memory for their pixels, uint8 `[at least as many, H, W, 3]`."""
+    outcomes: list[Outcome] = []
+    good: list[Outcome] = []
+    for read in reads:
+        outcome, pixels = prepare(read, embedder.spec.input_size, limits)
+        outcomes.append(outcome)
+        if pixels is not None:
+            room[len(good)] = pixels
+            good.append(outcome)
     clock.lap("decode")
-    pixels = [pixels for _, pixels in prepared if pixels is not None]
-    if pixels:
-        vectors = embedder.embed(pixels[0][np.newaxis] if len(pixels) == 1 else np.stack(pixels))
-        good = [outcome for outcome, pixels in prepared if pixels is not None]
-        for outcome, vector in zip(good, vectors, strict=True):
-            fill(outcome, vector, vector_type)
+    vectors = embedder.embed(room[: len(good)]) if good else ()
+    for outcome, vector in zip(good, vectors, strict=True):
+        fill(outcome, vector, vector_type)
     clock.lap("infer")
-    return [outcome for outcome, _ in prepared]
+    return outcomes
 
 
 def check_store(outcomes: list[Outcome]) -> None:

@@ -13,6 +13,8 @@ from serving.images import Limits
 from transforms.schema import ImageRef
 
 _TRIES = 4
+_LOCAL = 8
+"""Local files that one thread reads in turn: a change of threads takes longer than a read from the page cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class Reading:
         self._limits = limits
         self._pool = pool
         self._ahead = ahead
+        self._at_once = _LOCAL if all(storage.scheme_of(ref.uri) == "file" for ref in refs) else 1
         self._waiting = deque(enumerate(refs))
         self._ready: deque[Read] = deque()
         self._left = len(refs)
@@ -67,21 +70,24 @@ class Reading:
         with self._changed:
             self._submit()
 
-    def take(self) -> Read | None:
-        """Wait for an image and hand it over; None when all were taken or the reading was stopped."""
+    @property
+    def left(self) -> int:
+        """Return how many images nobody has taken yet."""
+        return self._left
+
+    def take(self, most: int = 1) -> list[Read]:
+        """Wait for an image and hand over what has come, up to `most`; none when all were taken, or it was stopped."""
         with self._changed:
             while not self._ready and self._left:
                 self._changed.wait()
-            if not self._left:
-                return None
-            self._left -= 1
-            read = self._ready.popleft()
-            self._open -= 1
-            self._bytes -= read.ref.size
+            taken = [self._ready.popleft() for _ in range(min(most, len(self._ready), self._left))]
+            self._left -= len(taken)
+            self._open -= len(taken)
+            self._bytes -= sum(read.ref.size for read in taken)
             self._submit()
             if not self._left:
                 self._changed.notify_all()
-            return read
+            return taken
 
     def stop(self) -> None:
         """Read no more, and let nobody wait."""
@@ -92,16 +98,27 @@ class Reading:
             self._changed.notify_all()
 
     def _submit(self) -> None:
-        while self._waiting and self._open < self._ahead.images:
+        while some := self._next():
+            self._pool.submit(self._read, some)
+
+    def _next(self) -> list[tuple[int, ImageRef]]:
+        """Take from what waits as much as one thread is to read."""
+        some: list[tuple[int, ImageRef]] = []
+        while self._waiting and self._open < self._ahead.images and len(some) < self._at_once:
             place, ref = self._waiting[0]
             if self._open and self._bytes + ref.size > self._ahead.bytes:
-                return
+                break
             self._waiting.popleft()
             self._open += 1
             self._bytes += ref.size
-            self._pool.submit(self._read, place, ref)
+            some.append((place, ref))
+        return some
 
-    def _read(self, place: int, ref: ImageRef) -> None:
+    def _read(self, some: Sequence[tuple[int, ImageRef]]) -> None:
+        for place, ref in some:
+            self._read_one(place, ref)
+
+    def _read_one(self, place: int, ref: ImageRef) -> None:
         started = time.perf_counter()
         data: bytes | None = None
         failed: BaseException | None = None

@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils.windowed_value import WindowedValue
 
@@ -22,6 +23,8 @@ from transforms.reading import Ahead, Read, Reading
 from transforms.schema import EMBEDDED, ImageRef, VectorType, part_schema, to_parquet
 
 _ROW_GROUP = 512
+_GROUP = 16
+"""Images that a thread decodes before it embeds them: in turns of one, each finds its data driven from the caches."""
 Record = tuple[str, int, int]
 """A unit's name, its images and its rejects."""
 
@@ -136,9 +139,10 @@ class EmbedUnit(beam.DoFn):
     def _embed(self, reading: Reading, outcomes: dict[int, Outcome]) -> Clock:
         """Embed images until all are taken; tell where this thread's time went."""
         settings, clock = self._settings, Clock()
+        room = np.empty((max(_GROUP, self._embedder.batch), *self._embedder.spec.input_size, 3), np.uint8)
         while reads := self._take(reading):
             clock.lap("wait")
-            done = embed_some(reads, self._embedder, settings.limits, settings.vector_type, clock)
+            done = embed_some(reads, self._embedder, settings.limits, settings.vector_type, room, clock)
             for read, outcome in zip(reads, done, strict=True):
                 outcomes[read.place] = outcome
             self._heartbeat.add(len(done), sum(outcome.reason is not None for outcome in done))
@@ -146,10 +150,9 @@ class EmbedUnit(beam.DoFn):
         return clock
 
     def _take(self, reading: Reading) -> list[Read]:
-        reads: list[Read] = []
-        while len(reads) < self._embedder.batch and (read := reading.take()) is not None:
-            reads.append(read)
-        return reads
+        """Take some images, fewer of them towards the unit's end, so that all threads end together."""
+        fair = reading.left // (2 * self._settings.threads)
+        return reading.take(max(self._embedder.batch, min(_GROUP, fair)))
 
     def _write(
         self,

@@ -22,8 +22,8 @@ LIMITS = Limits()
 def embed_image(ref, embedder, limits, vector_type="float16"):
     """Read one image and embed it."""
     with ThreadPoolExecutor(1) as pool:
-        read = Reading([ref], limits, pool, Ahead()).take()
-    [outcome] = embed_some([read], embedder, limits, vector_type, Clock())
+        reads = Reading([ref], limits, pool, Ahead()).take()
+    [outcome] = embed_some(reads, embedder, limits, vector_type, np.empty((1, 8, 8, 3), np.uint8), Clock())
     return outcome
 
 

@@ -67,17 +67,46 @@ def settled(store, count):
 def test_all_images_come_once_each_with_its_place_and_bytes(store, pool):
     images = refs(*range(1, 101))
     reading = Reading(images, LIMITS, pool, MANY)
-    reads = [reading.take() for _ in images]
+    reads = [read for _ in images for read in reading.take()]
     assert sorted(read.place for read in reads) == list(range(100))
     for read in reads:
         assert (read.ref, len(read.data), read.error) == (images[read.place], read.place + 1, None)
-    assert reading.take() is None
+    assert reading.take() == []
     assert reading.seconds >= 0
     assert store.most <= MANY.images
 
 
+def test_what_has_come_is_handed_over_together(store, pool):
+    reading = Reading(refs(*[1] * 10), LIMITS, pool, MANY)
+    settled(store, 4)
+    assert len(reading.take(3)) == 3
+    assert reading.left == 7
+    settled(store, 7)
+    assert len(reading.take(100)) == 4, "no more may have been read ahead"
+    rest = [read for _ in range(3) for read in reading.take(1)]
+    assert (len(rest), reading.left, reading.take(5)) == (3, 0, [])
+
+
+def test_local_files_are_read_in_turn_by_one_thread(tmp_path):
+    images = []
+    for number in range(20):
+        (tmp_path / f"{number:02}").write_bytes(bytes(number))
+        entry = storage.of(str(tmp_path)).stat(str(tmp_path / f"{number:02}"))
+        images.append(ImageRef(entry.uri, entry.etag, entry.size, 0, None))
+    with ThreadPoolExecutor(16) as pool:
+        submitted = []
+        submit = pool.submit
+        pool.submit = lambda work, some: submitted.append([place for place, _ in some]) or submit(work, some)
+        reading = Reading(images, LIMITS, pool, Ahead(images=10))
+        assert submitted == [[*range(8)], [8, 9]]
+        found = {}
+        while reads := reading.take(4):
+            found |= {read.place: len(read.data) for read in reads}
+    assert found == {number: number for number in range(20)}
+
+
 def test_no_image_is_no_wait(pool):
-    assert Reading([], LIMITS, pool, MANY).take() is None
+    assert Reading([], LIMITS, pool, MANY).take() == []
 
 
 def test_reading_is_ahead_by_so_many_images_and_no_more(store, pool):
@@ -103,7 +132,7 @@ def test_bytes_are_bounded_too(store, pool, sizes, begun):
     reading = Reading(refs(*sizes), LIMITS, pool, MANY)
     assert settled(store, begun) == begun
     store.gate.set()
-    assert {reading.take().place for _ in sizes} == set(range(len(sizes)))
+    assert {reading.take()[0].place for _ in sizes} == set(range(len(sizes)))
 
 
 def test_a_slow_image_holds_up_none_of_the_others(store, pool, monkeypatch):
@@ -117,15 +146,15 @@ def test_a_slow_image_holds_up_none_of_the_others(store, pool, monkeypatch):
 
     monkeypatch.setattr(store, "read", slow)
     reading = Reading(refs(*[1] * 20), LIMITS, pool, MANY)
-    assert {reading.take().place for _ in range(19)} == set(range(1, 20))
+    assert {reading.take()[0].place for _ in range(19)} == set(range(1, 20))
     late.set()
-    assert reading.take().place == 0
+    assert reading.take()[0].place == 0
 
 
 def test_what_went_wrong_is_handed_over(store, pool):  # noqa: ARG001
     images = [*refs(1, etag="broken"), *refs(7, 2000)[1:]]
     reading = Reading(images, Limits(max_bytes=1999), pool, MANY)
-    errors = {read.place: read.error for read in (reading.take(), reading.take())}
+    errors = {read.place: read.error for _ in images for read in reading.take()}
     assert isinstance(errors[0], StorageError)
     assert isinstance(errors[1], ImageRejected)
 
@@ -136,7 +165,7 @@ def test_who_waits_is_let_go_when_the_reading_stops(store, pool):
     waiting = [pool.submit(reading.take) for _ in range(3)]
     time.sleep(0.01)
     reading.stop()
-    assert [thread.result(5) for thread in waiting] == [None] * 3
+    assert [thread.result(5) for thread in waiting] == [[]] * 3
     store.gate.set()
 
 
@@ -147,7 +176,7 @@ def test_who_waits_is_let_go_when_others_took_the_rest(store, pool):
     time.sleep(0.01)
     store.gate.set()
     found = [thread.result(5) for thread in waiting]
-    assert sorted(read.place for read in found if read) == [0, 1]
+    assert sorted(read.place for reads in found for read in reads) == [0, 1]
 
 
 def test_a_body_that_is_cut_short_unnoticed_is_asked_for_again(monkeypatch):
