@@ -17,6 +17,9 @@ LookalikeError                 str() is one sentence: what, which argument or fi
 ├── ImageRejected              one picture cannot be used; carries a reason
 ├── TargetMissed               an index cannot keep the promise that was asked of it
 └── RunFailed                  a job ended without its result
+    ├── GateFailed             what was built is worse than what is published
+    ├── LeaseHeld              another run is at work on the same store or index
+    └── LeaseLost              this run no longer holds its store or its index
 ```
 """
 
@@ -122,3 +125,19 @@ class TargetMissed(LookalikeError):
 
 class RunFailed(LookalikeError):
     """A job ended without its result; what was finished is kept."""
+
+
+class GateFailed(RunFailed):
+    """What was built did not pass the gate; what was published before stays."""
+
+    exit_code = 3
+
+
+class LeaseHeld(RunFailed):
+    """Another run is at work on the same store or index."""
+
+    exit_code = 4
+
+
+class LeaseLost(RunFailed):
+    """A run's lease ran out or was taken over: it moves no pointer any more."""

@@ -6,11 +6,12 @@
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fake_gcs import FakeGcs, GcsServer
 from fake_s3 import FakeS3
-from real import artifact, drawn  # noqa: F401 (fixtures)
+from real import artifact, blind, drawn  # noqa: F401 (fixtures)
 from wire import running
 
 from serving import storage
@@ -75,6 +76,15 @@ def s3_fake(_s3: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
 @pytest.fixture
 def s3_server(s3_fake: FakeS3) -> str:
     return s3_fake.new_bucket()
+
+
+@pytest.fixture(params=["local", "gcs", "s3"])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Give an empty folder, or a bucket of one of the object stores."""
+    if request.param != "local":
+        return str(request.getfixturevalue(f"{request.param}_server"))
+    (tmp_path / "anywhere").mkdir()
+    return str(tmp_path / "anywhere")
 
 
 @pytest.fixture(scope="module")
