@@ -22,8 +22,8 @@ from jobs.options import option, parse
 from jobs.search import Answer, sheet
 from pipelines import embed, index
 from pipelines.embed import EmbedRequest, EmbedResult
-from pipelines.index import IndexRequest
 from pipelines.runner import Runner
+from pipelines.training import IndexRequest
 from serving import Index, storage
 from serving.errors import ImageRejected, UsageError
 from serving.manifest import IndexManifest

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from jobs import backbones, calibration, cli, console
 from jobs.options import option, parse
 from pipelines.embed import EmbedRequest, EmbedResult, require_images, run
+from pipelines.lease import leased
 from pipelines.runner import Runner
 from serving import storage
 from serving.embedder import copy_artifact, has_saved_model, read_description
@@ -23,6 +24,8 @@ from serving.litert import LITERT
 from transforms.engines import AUTO, ENGINES, TENSORFLOW, has_gpu
 from transforms.listing import Listing
 from transforms.reading import Ahead
+
+WAIT = "seconds to wait for another run on the same store or index to end; exit code 4 when it does not"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,7 @@ class Options(EmbedderOptions):
     min_side: int = option("refuse images smaller than this, in pixels", Limits().min_side)
     max_reject_ratio: float = option("fail a run that rejects a larger share of its images", 0.5)
     retry_rejects: bool = option("try images again that were rejected before", False)
+    wait: float = option(WAIT, 0.0, metavar="SECONDS")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,7 +79,8 @@ def main(argv: Sequence[str]) -> int:
     runner = Runner(beam_arguments, console.Bar())
     started = time.monotonic()
     asked = request(options, runner)
-    result = run(asked, runner)
+    with leased(asked.store, "embed", wait=options.wait) as lease:
+        result = run(asked, runner, lease.check)
     print(report(result, time.monotonic() - started, engine_that_ran(result, asked, runner)))
     return 0
 

@@ -9,19 +9,20 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jobs import cli, console
-from jobs.embed import UNTRAINED
+from jobs.embed import UNTRAINED, WAIT
 from jobs.options import option, parse
-from pipelines.index import IndexRequest, run
+from pipelines.index import run
+from pipelines.lease import leased
 from pipelines.runner import Runner
+from pipelines.training import IndexRequest
 from serving import storage
-from serving.manifest import IndexManifest
+from serving.manifest import IndexManifest, load_run_manifest
 from transforms.measuring import TARGET
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, so that `reindex` can inherit these and `embed`'s
 class TrainOptions:
     """What a quantizer is trained on, and how."""
 
@@ -36,7 +37,7 @@ class TrainOptions:
     index_factory: str | None = option("FAISS's own key for the shape, for those who know better", None, metavar="KEY")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Options(TrainOptions):
     """Options of `lookalike index`."""
 
@@ -48,19 +49,24 @@ class Options(TrainOptions):
         metavar="R",
     )
     max_latency_us: float | None = option("microseconds that half of the lookups may take", None, metavar="U")
+    wait: float = option(WAIT, 0.0, metavar="SECONDS")
 
 
-def request(options: TrainOptions, **more: Any) -> IndexRequest:
+def request(options: TrainOptions) -> IndexRequest:
     """Check the options."""
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    given |= {"store": storage.normalize(options.store), "index": storage.normalize(options.index), **more}
+    asked = {field.name for field in dataclasses.fields(IndexRequest)}
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name in asked}
+    given |= {"store": storage.normalize(options.store), "index": storage.normalize(options.index)}
     return IndexRequest(**given)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the job."""
     options, beam_arguments = parse(Options, argv, "index", __doc__ or "", beam=True)
-    manifest, changed = run(request(options), Runner(beam_arguments, console.Bar()))
+    asked, runner = request(options), Runner(beam_arguments, console.Bar())
+    load_run_manifest(asked.store)  # before anything is written where the index is to be
+    with leased(asked.index, "index", wait=options.wait) as lease:
+        manifest, changed = run(asked, runner, lease.check)
     print(report(manifest) if changed else f"nothing to do: version {manifest.version} is this store's, and current")
     return 0
 

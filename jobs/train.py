@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jobs import cli, console
 from jobs.index import TrainOptions, request
 from jobs.options import parse
-from pipelines.index import train_quantizer
+from pipelines.training import train_quantizer
 from serving.manifest import load_run_manifest
 
 

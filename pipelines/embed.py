@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 import apache_beam as beam
 
+from pipelines.lease import Guard, unguarded
 from pipelines.runner import Runner
 from serving import storage
 from serving.embedder import EmbedderDocument, read_description
@@ -67,8 +68,11 @@ class EmbedResult:
     counters: dict[str, int]
 
 
-def run(request: EmbedRequest, runner: Runner) -> EmbedResult:
-    """Bring a store up to date with its images; a run that was cut short goes on where it stopped."""
+def run(request: EmbedRequest, runner: Runner, guard: Guard = unguarded) -> EmbedResult:
+    """Bring a store up to date with its images; a run that was cut short goes on where it stopped.
+
+    `guard` is called right before the store's pointer moves, and raises when it must not.
+    """
     current = read_current(request.store, "run")
     parent = load_run_manifest(request.store, current[0]) if current else None
     embedder = read_description(request.embedder)
@@ -88,6 +92,7 @@ def run(request: EmbedRequest, runner: Runner) -> EmbedResult:
     if parent is not None and plan.changes_nothing_but_retries and not outcomes[EMBEDDED]:
         return EmbedResult(parent, False, listing.skipped, counted)
     manifest = _commit(request, embedder, plan, run_id, parent)
+    guard()
     move_current(request.store, "run", run_id, current[1] if current else None)
     return EmbedResult(manifest, True, listing.skipped, counted)
 

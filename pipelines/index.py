@@ -3,20 +3,20 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import apache_beam as beam
 
-from pipelines.runner import Progress, Runner, Silent
+from pipelines.lease import Guard, unguarded
+from pipelines.lineage import Origin, lineage
+from pipelines.runner import Progress, Runner, shown
+from pipelines.training import IndexRequest, TrainedDocument, choose_designs, train_quantizer
 from serving import storage
 from serving.embedder import copy_artifact
-from serving.errors import Conflict, EmbedderMismatch, NotFound, TargetMissed, UsageError
+from serving.errors import Conflict, EmbedderMismatch, TargetMissed
 from serving.index import Index
 from serving.manifest import (
-    Document,
     FileEntry,
     IndexManifest,
     RunManifest,
@@ -28,148 +28,25 @@ from serving.manifest import (
     now,
     read_current,
 )
-from serving.quantizer import Quantizer
-from transforms.designing import Design, Wishes, designs
-from transforms.encoding import (
-    TRAINED,
-    EncodeParts,
-    EncodeSettings,
-    load_quantizer,
-    partial_uri,
-    quantizer_folder,
-    read_trained,
-)
-from transforms.measuring import TARGET, Against, measure, tune
+from transforms.designing import Design
+from transforms.encoding import TRAINED, EncodeParts, EncodeSettings, load_quantizer, partial_uri, read_trained
+from transforms.measuring import TARGET, measure, tune
 from transforms.merging import MergeSettings, MergeShards
-from transforms.probing import make_probe, without_queries
-from transforms.sampling import live_rows, sample
+from transforms.probing import make_probe
+from transforms.sampling import live_rows
 from transforms.schema import BUCKETS
 from transforms.shards import ShardDocument, shard_document
-from transforms.training import SALT, stamp, train
 
 _ROWS_PER_SHARD = 250_000
 
 
-@dataclass(frozen=True, slots=True)
-class IndexRequest:
-    """Which store to index where, and how. URIs are normalized."""
+def build_version(
+    request: IndexRequest, run: RunManifest, trained: TrainedDocument, runner: Runner, origin: Origin | None = None
+) -> IndexManifest:
+    """Encode what is not encoded yet, merge shards, measure, and write the version's manifest; publish nothing.
 
-    store: str
-    index: str
-    dim: int | None = None
-    nlist: int | None = None
-    shards: int = 0
-    """0 chooses by the number of rows."""
-    target_recall: float | None = None
-    """Recall@10 that the index must reach; None looks for `TARGET` and takes the best there is."""
-    recall_against: Against = "reduced"
-    max_bytes_per_vector: float | None = None
-    max_latency_us: float | None = None
-    index_factory: str | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.shards <= BUCKETS:
-            raise UsageError(f"--shards is {self.shards}; take 1 to {BUCKETS}, or 0 to choose by the number of rows")
-        if self.target_recall is not None and not 0 < self.target_recall <= 1:
-            raise UsageError(f"--target-recall is {self.target_recall:g}; take more than 0, at most 1")
-        if self.recall_against not in ("reduced", "raw"):
-            raise UsageError(f"--recall-against is {self.recall_against}; take reduced or raw")
-        if self.max_latency_us is not None and not self.max_latency_us > 0:  # NaN neither
-            raise UsageError(f"--max-latency-us is {self.max_latency_us:g}; take more than 0 microseconds")
-        _ = self.wishes  # checks what is said of the shape
-
-    @property
-    def wishes(self) -> Wishes:
-        """Return what is asked of the index's shape."""
-        faithful = self.recall_against == "raw" and not self.index_factory
-        return Wishes(self.dim, self.nlist, faithful, self.max_bytes_per_vector, self.index_factory)
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedDocument(Document):
-    """What a quantizer was trained on, `encoded/<quantizer>/trained.json`."""
-
-    quantizer: str
-    embedder: str
-    design: Design
-    rows: int
-    store: str
-    run: str
-    created: str
-    dim: int | None = None
-    """As asked for, before it was fitted to the collection; so are those that follow."""
-    nlist: int | None = None
-    recall_against: Against = "reduced"
-    max_bytes_per_vector: float | None = None
-    index_factory: str | None = None
-
-    def fill(self, request: IndexRequest) -> IndexRequest:
-        """Return `request` with what this was trained for: that is settled, whoever merges later."""
-        return dataclasses.replace(request, **{name: getattr(self, name) for name in _TRAINED_FOR})
-
-
-_TRAINED_FOR = ("dim", "nlist", "recall_against", "max_bytes_per_vector", "index_factory")
-
-
-def choose_designs(request: IndexRequest, run: RunManifest) -> list[Design]:
-    """Return the shapes to try, the first one first."""
-    if not run.live:
-        raise UsageError(f"{request.store} holds no embedded image to index; its {run.rows} images were all rejected")
-    return designs(run.live, run.dim, request.wishes)
-
-
-def train_quantizer(
-    request: IndexRequest, run: RunManifest, shape: Design | None = None, progress: Progress | None = None
-) -> TrainedDocument:
-    """Train on a deterministic sample of a run's live rows and keep the quantizer under its id."""
-    shape = shape or choose_designs(request, run)[0]
-    live = without_queries(live_rows(request.store, run, ("uri", "part", "row", "uri_hash")))
-    progress = progress or Silent()
-    with _shown(progress, "sample", shape.sample, "vector") as seen:
-        vectors = sample(live, shape.sample, SALT).vectors(seen)
-    with _shown(progress, "train", 1, "quantizer"):
-        data = train(shape, run.dim, vectors)
-    data = stamp(data, run.embedder.fingerprint)
-    quantizer = Quantizer(data)
-    trained = TrainedDocument(
-        quantizer=quantizer.id,
-        embedder=run.embedder.fingerprint,
-        design=_as_trained(shape, quantizer),
-        rows=run.live,
-        store=request.store,
-        run=run.run_id,
-        created=now(),
-        **{name: getattr(request, name) for name in _TRAINED_FOR},
-    )
-    folder = quantizer_folder(request.index, trained.quantizer)
-    storage.create(storage.join(folder, TRAINED), data)
-    storage.create(storage.join(folder, "trained.json"), trained.to_json())
-    return trained
-
-
-def _as_trained(shape: Design, quantizer: Quantizer) -> Design:
-    """Fill in what FAISS's own key said of the shape."""
-    return dataclasses.replace(
-        shape,
-        dim=quantizer.reduced_dim,
-        nlist=int(quantizer.ivf.nlist),
-        code_bytes=int(quantizer.ivf.code_size),
-        refine_bytes=quantizer.refine_size,
-        raw_bytes=quantizer.raw_size,
-    )
-
-
-def load_trained(index: str, quantizer: str) -> TrainedDocument:
-    """Load what is known of a trained quantizer."""
-    uri = storage.join(quantizer_folder(index, quantizer), "trained.json")
-    try:
-        return TrainedDocument.load(uri)
-    except NotFound:
-        raise NotFound(f"{index} has no quantizer {quantizer}; train one with `lookalike train`") from None
-
-
-def build_version(request: IndexRequest, run: RunManifest, trained: TrainedDocument, runner: Runner) -> IndexManifest:
-    """Encode what is not encoded yet, merge shards, measure, and write the version's manifest; publish nothing."""
+    `origin` is what its lineage is to say of where it comes from.
+    """
     if trained.embedder != run.embedder.fingerprint:
         raise EmbedderMismatch(
             f"the quantizer {trained.quantizer} was trained on vectors of the embedder {trained.embedder}, the store "
@@ -185,7 +62,7 @@ def build_version(request: IndexRequest, run: RunManifest, trained: TrainedDocum
     copy_artifact(embedder, storage.join(request.index, "embedders"))
     _encode(request, run, trained.quantizer, runner)
     _merge(request, run, trained.quantizer, version, shards, runner)
-    manifest = _describe(request, run, trained, version, shards)
+    manifest = _describe(request, run, trained, version, shards, origin or Origin())
     manifest = _measured(request, run, trained.design, manifest, runner.progress)
     _refuse_broken_promises(request, manifest)
     if not storage.create(storage.join(folder, "manifest.json"), manifest.to_json()):
@@ -193,8 +70,9 @@ def build_version(request: IndexRequest, run: RunManifest, trained: TrainedDocum
     return manifest
 
 
-def publish(index: str, version: str, token: str | None) -> None:
-    """Move `CURRENT` to a finished version, unless it moved elsewhere since `token` was read."""
+def publish(index: str, version: str, token: str | None, guard: Guard = unguarded) -> None:
+    """Move `CURRENT` to a finished version, unless it moved elsewhere since `token` was read, or `guard` objects."""
+    guard()
     try:
         move_current(index, "version", version, token)
     except Conflict:
@@ -207,24 +85,33 @@ def publish(index: str, version: str, token: str | None) -> None:
         ) from None
 
 
-def run(request: IndexRequest, runner: Runner) -> tuple[IndexManifest, bool]:
-    """Index a store and publish; return the current manifest and whether it is a new version."""
+def run(request: IndexRequest, runner: Runner, guard: Guard = unguarded) -> tuple[IndexManifest, bool]:
+    """Index a store and publish, if `guard` lets us; return the current manifest and whether it is a new version."""
     current = read_current(request.index, "version")
     source = load_run_manifest(request.store)
     published = load_index_manifest(request.index, current[0]) if current else None
-    if published is not None and published.lineage.get("inputs") == _inputs(source, request):
+    if published is not None and is_made_of(published, source, request):
         return published, False
-    manifest = _build_first_that_keeps_its_promise(request, source, runner)
-    publish(request.index, manifest.version, current[1] if current else None)
+    manifest = train_and_build(request, source, runner, Origin(published))
+    publish(request.index, manifest.version, current[1] if current else None, guard)
     return manifest, True
 
 
-def _build_first_that_keeps_its_promise(request: IndexRequest, run: RunManifest, runner: Runner) -> IndexManifest:
+def is_made_of(manifest: IndexManifest, run: RunManifest, request: IndexRequest) -> bool:
+    """Tell whether a version is what `request` would make of a run."""
+    return manifest.lineage.get("inputs") == _inputs(run, request)
+
+
+def train_and_build(
+    request: IndexRequest, run: RunManifest, runner: Runner, origin: Origin | None = None
+) -> IndexManifest:
+    """Build a version of the first shape that keeps the promise; `TargetMissed`, and none finished, if none does."""
     shapes = choose_designs(request, run)
     missed: list[TargetMissed] = []
     for shape in shapes:
         try:
-            return build_version(request, run, train_quantizer(request, run, shape, runner.progress), runner)
+            trained = train_quantizer(request, run, shape, runner.progress)
+            return build_version(request, run, trained, runner, origin)
         except TargetMissed as error:
             missed.append(error)
     nearest = min(missed, key=lambda error: error.shortfall)
@@ -295,7 +182,7 @@ def _run_stage(
 
 
 def _describe(
-    request: IndexRequest, run: RunManifest, trained: TrainedDocument, version: str, shards: int
+    request: IndexRequest, run: RunManifest, trained: TrainedDocument, version: str, shards: int, origin: Origin
 ) -> IndexManifest:
     folder = storage.join(request.index, "versions", version)
     data = read_trained(request.index, trained.quantizer)
@@ -325,12 +212,7 @@ def _describe(
         },
         search=SearchSettings(shape.nlist, 0),
         measured={},
-        lineage={
-            "store": request.store,
-            "run": run.run_id,
-            "images": list(run.images),
-            "inputs": _inputs(run, request),
-        },
+        lineage=lineage(request.store, run, origin) | {"inputs": _inputs(run, request)},
         created=now(),
         built_with=built_with(),
     )
@@ -343,18 +225,8 @@ def _measured(
     index = Index(request.index, manifest)
     quantizer = load_quantizer(request.index, manifest.quantizer)
     live = live_rows(request.store, run, ("uri", "label", "part", "row", "uri_hash"))
-    with _shown(progress, "search exactly", len(live), "vector") as seen:
+    with shown(progress, "search exactly", len(live), "vector") as seen:
         probe = make_probe(live, quantizer, seen=seen)
     tuned = tune(index, shape, probe, request.target_recall or TARGET, request.recall_against)
     measured = measure(index, shape, probe, tuned.settings, quantizer)
     return dataclasses.replace(manifest, search=tuned.settings, measured=measured)
-
-
-@contextmanager
-def _shown(progress: Progress, stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show a stage that the launcher does itself; give the function to tell how much of it is done."""
-    progress.start(stage, total, unit)
-    try:
-        yield lambda done: progress.update(done, 0)
-    finally:
-        progress.finish()

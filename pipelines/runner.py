@@ -52,6 +52,16 @@ class Silent:
         """Say nothing."""
 
 
+@contextmanager
+def shown(progress: Progress, stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show a stage that the launcher does itself; give the function to tell how much of it is done."""
+    progress.start(stage, total, unit)
+    try:
+        yield lambda done: progress.update(done, 0)
+    finally:
+        progress.finish()
+
+
 class Runner:
     """Beam options, and the one way graphs are run with them.
 

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from serving import storage
 from serving.manifest import Document, FileEntry
@@ -32,10 +32,13 @@ _KEPT_ROWS = 50_000
 _ROW_GROUP = 8192
 
 
-class Joined(NamedTuple):
-    """One uri of the merge-join: what the listing says of it, and what the catalog does."""
+Listed = TypeVar("Listed", ImageRef, CatalogRow)
 
-    listed: ImageRef | None
+
+class Joined(NamedTuple, Generic[Listed]):
+    """One uri of the merge-join: what the listing (or a later catalog) says of it, and what the catalog does."""
+
+    listed: Listed | None
     known: CatalogRow | None
 
 
@@ -89,7 +92,7 @@ class ListingDigest:
         return self._hash.hexdigest()
 
 
-def merge_join(listed: Iterable[ImageRef], known: Iterable[CatalogRow]) -> Iterator[Joined]:
+def merge_join(listed: Iterable[Listed], known: Iterable[CatalogRow]) -> Iterator[Joined[Listed]]:
     """Join two streams sorted by uri, holding one row of each."""
     left, right = iter(listed), iter(known)
     ref, row = next(left, None), next(right, None)
@@ -180,7 +183,7 @@ class Planner:
         storage.create(storage.join(self._folder, "plan.json"), plan.to_json())
         return plan
 
-    def _new(self, joined: Iterable[Joined], digest: ListingDigest) -> Iterator[ImageRef]:
+    def _new(self, joined: Iterable[Joined[ImageRef]], digest: ListingDigest) -> Iterator[ImageRef]:
         for ref, row in joined:
             if ref is None:
                 self._counts["gone"] += 1

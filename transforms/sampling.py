@@ -1,6 +1,7 @@
 """Deterministic samples of a store's live rows, and their vectors."""
 
-from collections.abc import Callable, Iterator, Sequence
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from serving import storage
 from serving.errors import FormatError
 from serving.manifest import RunManifest
 from transforms.catalog import catalog_files, part_name
-from transforms.schema import EMBEDDED, open_parquet
+from transforms.schema import CATALOG, EMBEDDED, CatalogRow, open_parquet, to_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,16 @@ def sample(rows: LiveRows, size: int, salt: int) -> LiveRows:
     mixed = _mix(rows.table["uri_hash"].to_numpy() ^ np.uint64(salt))
     chosen = np.argsort(mixed, kind="stable")[:size]
     return rows.take(chosen.astype(np.int64))
+
+
+def sample_stream(store: str, run: RunManifest, rows: Iterable[CatalogRow], size: int, salt: int) -> LiveRows:
+    """Take from embedded rows of a run's catalog those that `sample` would, holding no more than `size` of them."""
+
+    def place(row: CatalogRow) -> int:
+        return int(_mix(np.array([row.uri_hash ^ salt], np.uint64))[0])
+
+    chosen = heapq.nsmallest(size, rows, key=place)
+    return LiveRows(store, run.embedder.fingerprint, run.dim, to_table(chosen, CATALOG))
 
 
 def embeddings(column: pa.ChunkedArray | pa.Array, dim: int, uri: str) -> npt.NDArray[np.float32]:

@@ -11,8 +11,9 @@ import stores
 from real import embed_folder
 
 from pipelines import index
-from pipelines.index import IndexRequest, build_version, load_trained, publish, run, train_quantizer
+from pipelines.index import build_version, publish, run
 from pipelines.runner import Runner
+from pipelines.training import IndexRequest, load_trained, train_quantizer
 from serving import Index
 from serving.errors import ChecksumMismatch, Conflict, EmbedderMismatch, NotFound, TargetMissed, UsageError
 from serving.manifest import IndexManifest, load_run_manifest

@@ -10,8 +10,9 @@ import pytest
 import stores
 from indexes import Built, assert_best, assert_same, queries_for, recall, uris_of
 
-from pipelines.index import IndexRequest, TrainedDocument, build_version, publish
+from pipelines.index import build_version, publish
 from pipelines.runner import Runner
+from pipelines.training import IndexRequest, TrainedDocument
 from serving import Index, storage
 from serving.lists import Lists
 from serving.manifest import SearchSettings

@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import pytest
 
-from pipelines.index import load_trained
+from pipelines.training import load_trained
 from serving.index import Hit, Index
 from serving.manifest import SearchSettings
 from transforms import measuring

@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import stores
 
-from pipelines import index as indexing
-from pipelines.index import IndexRequest
+from pipelines import index, training
 from pipelines.runner import Runner
+from pipelines.training import IndexRequest
 from transforms import probing
+from transforms.encoding import load_quantizer
 from transforms.probing import SALT, Neighbours, make_probe, queries_of, recall, shares_found, without_queries
 from transforms.sampling import live_rows, sample
 from transforms.training import train
@@ -126,8 +127,8 @@ def test_what_is_trained_on_holds_no_query(made, tmp_path, monkeypatch, live):
         seen.append(vectors)
         return train(shape, dim, vectors)
 
-    monkeypatch.setattr(indexing, "train", spy)
-    trained = indexing.train_quantizer(IndexRequest(made.root, str(tmp_path), dim=8), made.run)
+    monkeypatch.setattr(training, "train", spy)
+    trained = training.train_quantizer(IndexRequest(made.root, str(tmp_path), dim=8), made.run)
     (vectors,) = seen
     assert len(vectors) == trained.design.sample == 960
     trained_on = {row.tobytes() for row in vectors}
@@ -233,9 +234,9 @@ def test_more_twins_than_can_be_told_apart_are_not_judged(tmp_path, quantizer):
 def test_small_collections_have_small_truths(tmp_path, count):
     vectors = stores.clustered(count, 8) + np.float32(0.25)  # none of zeros
     run = stores.write_store(tmp_path / "store", vectors)
-    manifest, _ = indexing.run(IndexRequest(f"{tmp_path}/store", f"{tmp_path}/index"), Runner())
+    manifest, _ = index.run(IndexRequest(f"{tmp_path}/store", f"{tmp_path}/index"), Runner())
     live = live_rows(f"{tmp_path}/store", run, COLUMNS)
-    quantizer = indexing.load_quantizer(f"{tmp_path}/index", manifest.quantizer)
+    quantizer = load_quantizer(f"{tmp_path}/index", manifest.quantizer)
     probe = make_probe(live, quantizer)
     uris = live.column("uri")
     assert len(probe.rows) == count
