@@ -15,6 +15,7 @@ from serving.errors import LookalikeError, MissingExtra
 VERBS = {
     "embed": "images in folders or buckets become embeddings in a store",
     "index": "a store becomes a published index: train, encode, merge, measure, publish",
+    "reindex": "bring an index up to date with a bucket, and publish it if it measures up",
     "train": "train a quantizer on a store, and nothing else",
     "merge": "encode and merge a store with a trained quantizer into a version",
     "search": "find the nearest indexed images of some pictures",
@@ -29,7 +30,9 @@ _ROOMS = ("serving", "transforms", "pipelines", "jobs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0 done, 1 failed, 2 wrong usage.
+    """Run one verb and return the exit code.
+
+    0 done, 1 failed, 2 wrong usage, 3 what was built is not good enough to publish, 4 another run is at work.
 
     As in a shell, 130 is Ctrl-C, 143 is SIGTERM, and 141 says that nobody reads the output any more, as in `| head`.
     """
@@ -85,9 +88,9 @@ def _is_program() -> bool:
 def _sigterm_interrupts(terminated: threading.Event) -> Iterator[None]:
     """End on SIGTERM as on Ctrl-C, so that what is temporary is removed."""
 
-    def interrupt(_number: int, _frame: object) -> NoReturn:
+    def interrupt(number: int, _frame: object) -> NoReturn:
         terminated.set()
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers

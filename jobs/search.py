@@ -5,16 +5,14 @@ lookalike search --index index/ --image *.jpg --html neighbours.html
 """
 
 import json
-import secrets
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from jobs import cli
 from jobs.options import option, parse
 from jobs.sheet import Neighbour, SheetRow, render
+from jobs.writing import write_text
 from serving import Hit, Index, storage
 from serving.errors import ImageRejected, LookalikeError, StorageError, UsageError
 
@@ -55,26 +53,8 @@ def main(argv: Sequence[str]) -> int:
     if index.info.embedder.untrained:
         print("lookalike search: this index's weights are untrained (random)", file=sys.stderr)
     if options.html is not None:
-        write_report(options.html, sheet(index, answers))
+        write_text(options.html, sheet(index, answers), "--html")
     return 1 if any(answer.error for answer in answers) else 0
-
-
-def write_report(where: str, text: str) -> None:
-    """Write a file whole, in the place of an older one."""
-    path = Path(storage.normalize(where))
-    temporary = path.with_name(f".lookalike.{secrets.token_hex(6)}.tmp")
-    try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_text(text, encoding="utf-8")  # through a link, or to a device: nothing to put in its place
-            return
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
-    except OSError as error:
-        raise StorageError(f"--html {path} cannot be written: {error.strerror or error}") from None
 
 
 def ask(index: Index, uri: str, k: int, labels: Sequence[str] = ()) -> Answer:

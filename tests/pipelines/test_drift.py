@@ -145,9 +145,7 @@ def test_other_options_are_trained_for(root):
 
 
 def test_another_embedder_is_trained_for(root):
-    other = stores.write_store(
-        root / "store", CLUSTERED[:COUNT], run_id="run-2", embedder=stores.spec(64, "untrained:seed=1")
-    )
+    other = stores.write_store(root / "other", CLUSTERED[:COUNT], embedder=stores.spec(64, "untrained:seed=1"))
     assert choose(root, other).origin.why == "the embedder is another"
 
 
