@@ -16,7 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from serving import storage
-from serving.errors import ChecksumMismatch, FormatError, NotFound, UnsupportedVersion, UsageError
+from serving.errors import ChecksumMismatch, FormatError, NotFound, UnsupportedVersion
+from serving.pointer import move_current as move_current
+from serving.pointer import read_current as read_current
 
 _BLOCK = 1 << 20
 
@@ -235,42 +237,13 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-_POINTED = {"version": "an index", "run": "an embedding store"}
-"""Whose pointer has which key."""
-
-
-def read_current(root: str, key: str) -> tuple[str, str] | None:
-    """Read `root`/CURRENT: the name it points to under `key`, and the token for moving it; None when there is none.
-
-    `UsageError` when `root` is a store where an index was asked for, or the reverse.
-    """
-    uri = storage.join(root, "CURRENT")
-    found = storage.of(uri).read_pointer(uri)
-    if found is None:
-        return None
-    try:
-        body = _checked(dict, json.loads(found[0]))
-        other = "run" if key == "version" else "version"
-        if key not in body and other in body:
-            raise UsageError(f"{root} is {_POINTED[other]}, not {_POINTED[key]}; name {_POINTED[key]}")
-        return _checked(str, body[key]), found[1]
-    except (ValueError, KeyError, TypeError):
-        raise FormatError(f"{uri} is damaged: it should be JSON with the key {key!r}") from None
-
-
-def move_current(root: str, key: str, name: str, token: str | None) -> None:
-    """Point `root`/CURRENT to `name`, or raise `Conflict` when it moved since `token` was read."""
-    uri = storage.join(root, "CURRENT")
-    storage.of(uri).swap_pointer(uri, (json.dumps({key: name}) + "\n").encode(), token)
-
-
 def load_index_manifest(index: str, version: str | None = None) -> IndexManifest:
     """Load the manifest of an index's current (or named) version."""
     if version is None:
         current = read_current(index, "version")
         if current is None:
             raise NotFound(f"{index} is not a published index: it has no CURRENT; build one with `lookalike index`")
-        version = current[0]
+        version = current.name
     return IndexManifest.load(storage.join(index, "versions", version, "manifest.json"))
 
 
@@ -280,7 +253,7 @@ def load_run_manifest(store: str, run_id: str | None = None) -> RunManifest:
         current = read_current(store, "run")
         if current is None:
             raise NotFound(f"{store} is not an embedding store: it has no CURRENT; fill one with `lookalike embed`")
-        run_id = current[0]
+        run_id = current.name
     return RunManifest.load(storage.join(store, "runs", run_id, "manifest.json"))
 
 

@@ -16,7 +16,7 @@ import pytest
 from signed import edit, sign
 
 from serving import storage
-from serving.errors import ChecksumMismatch, Conflict, FormatError, NotFound, UnsupportedVersion, UsageError
+from serving.errors import ChecksumMismatch, FormatError, NotFound, UnsupportedVersion, UsageError
 from serving.manifest import (
     Accounting,
     Document,
@@ -29,7 +29,6 @@ from serving.manifest import (
     load_run_manifest,
     move_current,
     now,
-    read_current,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -275,26 +274,6 @@ def test_a_file_that_is_missing_is_named(tmp_path, way):
 
 
 # --- Pointers -------------------------------------------------------------------------------------------------------
-
-
-def test_a_pointer_moves_from_the_state_that_was_read(tmp_path):
-    root = str(tmp_path / "index")
-    assert read_current(root, "version") is None
-    move_current(root, "version", "one", None)
-    name, token = read_current(root, "version")
-    assert name == "one"
-    move_current(root, "version", "two", token)
-    for stale in (token, None, "nonsense"):
-        with pytest.raises(Conflict, match="CURRENT was moved by another run"):
-            move_current(root, "version", "three", stale)
-    assert read_current(root, "version")[0] == "two"
-
-
-@pytest.mark.parametrize("content", ["", "garbage", "[]", "3", "null", '"version"', "{}", '{"version": 3}', "\udcff"])
-def test_a_damaged_pointer_is_refused(tmp_path, content):
-    (tmp_path / "CURRENT").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(FormatError, match=f"{tmp_path}/CURRENT is damaged: it should be JSON with the key 'version'"):
-        read_current(str(tmp_path), "version")
 
 
 @pytest.mark.parametrize(
