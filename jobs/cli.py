@@ -19,6 +19,10 @@ VERBS = {
     "train": "train a quantizer on a store, and nothing else",
     "merge": "encode and merge a store with a trained quantizer into a version",
     "search": "find the nearest indexed images of some pictures",
+    "versions": "list an index's versions and what was measured on them",
+    "publish": "make a finished version the current one",
+    "rollback": "make the version that was current before the current one again",
+    "gc": "remove what no published version, run in use or job at work needs",
     "verify": "check again everything that an index or a store says of itself",
     "demo": "embed, index and search a collection drawn on the spot, or a folder of yours",
 }

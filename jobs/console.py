@@ -3,8 +3,10 @@
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _LINE_EVERY = 30.0  # seconds between lines where the output is no terminal
 
@@ -24,6 +26,8 @@ class Bar:
         self._stage, self._total, self._unit = stage, total, unit
         self._started = self._last = time.monotonic()
         if sys.stderr.isatty():
+            from tqdm import tqdm  # which whoever prints tables alone does without
+
             self._bar = tqdm(total=total, desc=stage, unit=unit, smoothing=0.1, dynamic_ncols=True)
 
     def update(self, done: int, rejected: int) -> None:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,9 @@ from typing import BinaryIO
 
 from serving.errors import AccessDenied, Changed, Conflict, NotFound, StorageError
 from serving.storage import Entry, normalize, sha256
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+_ATTEMPTS = 10
 
 
 class DiskStorage:
@@ -84,6 +88,29 @@ class DiskStorage:
         path = normalize(uri)
         with _sentences(path), suppress(FileNotFoundError):
             os.unlink(path)
+
+
+def is_temporary(uri: str) -> bool:
+    """Tell whether a file is one that a writer renames or removes as its last step."""
+    return _TEMPORARY.fullmatch(os.path.basename(uri)) is not None
+
+
+def temporaries_beside(uri: str) -> Iterator[Entry]:
+    """Yield the temporary files of all writers of one file."""
+    folder, name = os.path.split(normalize(uri))
+    with suppress(NotFound), _sentences(folder), os.scandir(folder) as scan:
+        for entry in scan:
+            if entry.name.startswith(f".{name}.") and is_temporary(entry.name):
+                with suppress(FileNotFoundError):  # renamed or removed since its name was read
+                    yield _entry(entry.path, entry.stat())
+
+
+def prune(uri: str) -> None:
+    """Remove a folder and those below it that hold no file; a missing one is no error."""
+    path = normalize(uri)
+    for folder, _, _ in os.walk(path, topdown=False):
+        with suppress(OSError):  # it is not empty, or somebody was quicker
+            os.rmdir(folder)
 
 
 def open_file(uri: str) -> BinaryIO:
@@ -174,10 +201,9 @@ def _etag(info: os.stat_result) -> str:
 
 def _write_beside(path: str, data: bytes) -> str:
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with _create_below(folder, temporary) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -186,6 +212,16 @@ def _write_beside(path: str, data: bytes) -> str:
             os.unlink(temporary)
         raise
     return temporary
+
+
+def _create_below(folder: str, path: str) -> BinaryIO:
+    for _ in range(_ATTEMPTS):
+        # An empty folder may be pruned before there is a file in it.
+        with suppress(FileNotFoundError):
+            os.makedirs(folder, exist_ok=True)
+            return open(path, "xb")
+    os.makedirs(folder, exist_ok=True)
+    return open(path, "xb")
 
 
 def _link_once(temporary: str, path: str) -> bool:

@@ -165,6 +165,32 @@ def open_binary(uri: str) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(_RangeReader(uri), buffer_size=1 << 20))
 
 
+def temporaries(uri: str) -> list[Entry]:
+    """Describe the files that writers of the object `uri`, killed or at work, have beside it; only disks have such."""
+    if scheme_of(uri) != "file":
+        return []
+    from serving.disk import temporaries_beside
+
+    return list(temporaries_beside(uri))
+
+
+def is_temporary(uri: str) -> bool:
+    """Tell whether what is listed under `uri` is such a file."""
+    if scheme_of(uri) != "file":
+        return False
+    from serving.disk import is_temporary
+
+    return is_temporary(uri)
+
+
+def prune(uri: str) -> None:
+    """Remove the folder `uri` and those below it that are empty; only disks have such."""
+    if scheme_of(uri) == "file":
+        from serving.disk import prune
+
+        prune(uri)
+
+
 def sha256(data: bytes | memoryview) -> str:
     """Return the hex SHA-256 that manifests record."""
     return hashlib.sha256(data).hexdigest()

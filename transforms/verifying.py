@@ -31,7 +31,7 @@ from transforms.shards import ShardDocument, shard_document
 
 
 @dataclass(frozen=True, slots=True)
-class _Origin(Document):
+class Origin(Document):
     """What is to be known of a quantizer's `trained.json`."""
 
     embedder: str
@@ -121,7 +121,7 @@ def _check_content(root: str, folder: str, manifest: IndexManifest) -> Iterator[
 def _check_origin(root: str, folder: str, manifest: IndexManifest) -> Iterator[str]:
     """Ask the quantizer's own document which embedder it was trained for."""
     try:
-        origin = _Origin.load(storage.join(root, "encoded", manifest.quantizer, "trained.json"))
+        origin = Origin.load(storage.join(root, "encoded", manifest.quantizer, "trained.json"))
     except NotFound:
         return  # an index may be copied without what it was built from
     if origin.embedder != manifest.embedder.fingerprint:
