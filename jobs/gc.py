@@ -33,6 +33,7 @@ class Options:
     keep: int = option("published versions to keep, the current one included; runs of the store likewise", 2)
     min_age: float = option("hours for which what may be a job's at work is spared", 24.0, metavar="HOURS")
     dry_run: bool = option("say what would be removed, and remove nothing", False)
+    wait: float = option("seconds to wait for a job at work on the index or the store to end", 0.0, metavar="SECONDS")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     options, _ = parse(Options, argv, "gc", __doc__ or "")
     store = None if options.store is None else storage.normalize(options.store)
     index = storage.normalize(options.index)
-    print(report(run(GcRequest(index, store, options.keep, options.min_age, options.dry_run))))
+    print(report(run(GcRequest(index, store, options.keep, options.min_age, options.dry_run, options.wait))))
     if options.dry_run:
         print("dry run: nothing was removed")
     return 0

@@ -8,9 +8,11 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 
+from pipelines.lease import LEASE, leased
 from pipelines.needed import sort_index, sort_store
 from pipelines.sorting import Pile, Sorted
 from serving import storage
@@ -39,12 +41,16 @@ class GcRequest:
     min_age: float = 24.0
     """Hours for which what may belong to a job at work is spared."""
     dry_run: bool = False
+    wait: float = 0.0
+    """Seconds to wait for jobs at work to end."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise UsageError(f"--keep is {self.keep}; keep 1 version, the current one, or more")
         if not 0 <= self.min_age < math.inf:  # NaN neither
             raise UsageError(f"--min-age is {self.min_age:g}; take 0 hours or more")
+        if not 0 <= self.wait < math.inf:
+            raise UsageError(f"--wait is {self.wait:g}; take 0 seconds or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +62,38 @@ class Collected:
     left: tuple[str, ...]
 
 
-def run(request: GcRequest, guard: Callable[[], None] = lambda: None) -> Collected:
-    """Remove what is not needed; `guard` is called before every step of that, and raises when it must end.
+def run(request: GcRequest) -> Collected:
+    """Remove what is not needed, or tell what that is.
 
-    `Conflict` when a version is published, or a run committed, meanwhile.
+    `LeaseHeld` when a job is at work on the index or the store; `Conflict` when a pointer moves all the same.
     """
-    # Ages tell most jobs at work; all of them are kept away by a lease: `with leased(request.index, …)`, and another on
-    # the store, belong around what follows.
+    roots = _pointers(request)  # before a lease is left where there is neither an index nor a store
+    if request.dry_run:
+        return _collect(request, lambda: None)
+    until = time.monotonic() + request.wait
+    with ExitStack() as held:
+        # The store's before the index's, as `reindex` takes them.
+        leases = [
+            held.enter_context(leased(pointer.root, "gc", wait=max(0.0, until - time.monotonic())))
+            for pointer in reversed(roots)
+        ]
+
+        def guard() -> None:
+            for lease in leases:
+                lease.check()
+
+        return _collect(request, guard)
+
+
+def _pointers(request: GcRequest) -> list["_Pointer"]:
     pointers = [_Pointer.read(request.index, "version")]
     if request.store is not None:
         pointers.append(_Pointer.read(request.store, "run"))
+    return pointers
+
+
+def _collect(request: GcRequest, guard: Callable[[], None]) -> Collected:
+    pointers = _pointers(request)
     found = _sort(request, pointers)
 
     def check() -> None:
@@ -113,7 +141,7 @@ def _sort(request: GcRequest, pointers: list[_Pointer]) -> Sorted:
     for store in stores:
         sort_store(store.root, store.current, request.keep, kept, found)
     for pointer in pointers:
-        for name in ("CURRENT", "LEASE"):
+        for name in ("CURRENT", LEASE):
             beside = storage.temporaries(storage.join(pointer.root, name))
             found.remove("temporary file", "", filter(found.is_old, beside))
     return found
