@@ -73,10 +73,11 @@ def _rows(piles: Iterable[Pile]) -> list[tuple[str, int, int, str]]:
     return [(kind, files[kind, why], sizes[kind, why], _which(kind, why, names[kind, why])) for kind, why in names]
 
 
-def _which(kind: str, why: str, names: Sequence[str]) -> str:
-    told = ", ".join(names[:_NAMED]) if kind not in _COUNTED else ""
-    more = f" and {len(names) - _NAMED:,} more" if told and len(names) > _NAMED else ""
-    return told + more + (f" ({why})" if why else "")
+def _which(kind: str, why: str, names: Iterable[str]) -> str:
+    distinct = [] if kind in _COUNTED else list(dict.fromkeys(names))
+    told = ", ".join(distinct[:_NAMED])
+    more = f"and {len(distinct) - _NAMED:,} more" if len(distinct) > _NAMED else ""
+    return " ".join(word for word in (told, more, f"({why})" if why else "") if word)
 
 
 if __name__ == "__main__":
