@@ -1,12 +1,17 @@
 """The whole on real photos with real weights: what a user gets, against figures worked out by exact search."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from real import photos_folder, weights_file
+from real import damaged, embed_folder, photos_folder, weights_file
 
 from jobs import cli
+from pipelines import index
+from pipelines.gate import Tolerance, failed, judge
+from pipelines.runner import Runner
+from pipelines.training import IndexRequest
 from serving import Hit, Index
 from serving.manifest import load_index_manifest, load_run_manifest
 from serving.quantizer import Quantizer
@@ -85,8 +90,24 @@ def test_recall_against_exact_search_in_the_index_own_space(built, vectors, answ
 
 def test_a_photo_file_finds_its_own_kind(built, vectors):
     uris, labels, _ = vectors
-    index = Index.open(str(built / "index"))
+    opened = Index.open(str(built / "index"))
     shoes = [uri for uri, label in zip(uris, labels, strict=True) if label == "shoes"][:20]
-    hits = index.search_images([Path(uri).read_bytes() for uri in shoes], 2)
+    hits = opened.search_images([Path(uri).read_bytes() for uri in shoes], 2)
     assert [found[0].uri for found in hits] == shoes
     assert np.mean([found[1].label == "shoes" for found in hits]) > 0.8
+
+
+def test_an_embedder_of_scrambled_weights_does_not_pass_the_gate(built, tmp_path):
+    """Its weights are all there, in another order: near copies are still alike to it, things of one kind are not."""
+    for folder in Path(photos_folder()).iterdir():
+        for path in sorted(folder.glob("*.jpg"))[:25]:
+            (tmp_path / "images" / folder.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / "images" / folder.name)
+    (artifact,) = (built / "store" / "embedders").iterdir()
+    scrambled = damaged(str(artifact), str(tmp_path / "scrambled"), "scrambled")
+    embed_folder(tmp_path / "images", tmp_path / "store", scrambled)
+    manifest, _ = index.run(IndexRequest(str(tmp_path / "store"), str(tmp_path / "index")), Runner())
+    current = load_index_manifest(str(built / "index"))
+    refused = failed(judge(str(tmp_path / "index"), manifest, current, Tolerance(max_shrink=1.0)))
+    assert [check.name for check in refused] == ["P@1 by label"]
+    assert refused[0].candidate < refused[0].current - 0.2
