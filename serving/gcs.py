@@ -2,8 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, cast
+from contextlib import contextmanager
 
 from serving import remote
 from serving.errors import AccessDenied, MissingExtra, NotFound, StorageError
@@ -24,11 +23,12 @@ try:
     from google.cloud.storage import Blob, Client
     from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
     from google.cloud.storage.retry import DEFAULT_RETRY
+
+    from serving.gcs_media import FIRST_PAUSE, Connections, Media
 except ImportError as error:
     raise MissingExtra("reading gs:// URIs", "gcs") from error
 
 _SIGN_IN = "run `gcloud auth application-default login`, or set LOOKALIKE_ANONYMOUS=1 for a public bucket"
-_FIRST_PAUSE = 0.2  # seconds, doubled each time; a single fault should not hold up a reader for longer than it must
 _FIELDS = "items(name,size,generation,updated),nextPageToken"
 
 
@@ -37,17 +37,18 @@ class GoogleStorage(remote.RemoteStorage):
 
     def __init__(self) -> None:
         self._client = Client(project=None, credentials=_credentials())
-        adapter = requests.adapters.HTTPAdapter(pool_maxsize=remote.CONNECTIONS)
+        connections = Connections()
         session = self._client._http
         for scheme in ("https://", "http://"):
-            session.mount(scheme, adapter)
+            session.mount(scheme, connections)
         # The environment is asked for proxies and certificates once: asked by each request, it took 0.2 of 1 ms.
         found = session.merge_environment_settings(self._client.api_endpoint, {}, None, None, None)
         session.proxies, session.verify, session.trust_env = found["proxies"], found["verify"], False
         self._limits = {
             "timeout": (remote.CONNECT_SECONDS, remote.READ_SECONDS),
-            "retry": DEFAULT_RETRY.with_timeout(remote.GIVE_UP_SECONDS).with_delay(initial=_FIRST_PAUSE),
+            "retry": DEFAULT_RETRY.with_timeout(remote.GIVE_UP_SECONDS).with_delay(initial=FIRST_PAUSE),
         }
+        self._media = Media(self._client, connections)
 
     def stat(self, uri: str) -> Entry:
         """Describe one object."""
@@ -70,27 +71,9 @@ class GoogleStorage(remote.RemoteStorage):
                     yield _entry(blob)
 
     def _get(self, uri: str, start: int, length: int | None, etag: str | None) -> tuple[bytes, str]:
-        end = None if length is None else start + length - 1
         with _sentences(uri):
-            blob = self._blob(uri)
-            # Raw: the bytes as they are stored, whose number was listed.
-            data = self._download(
-                blob,
-                start=start or None,
-                end=end,
-                if_generation_match=None if etag is None else _generation(etag),
-                raw_download=True,
-                single_shot_download=True,
-                **self._limits,
-            )
-            return data, str(blob.generation)
-
-    def _download(self, blob: Blob, **request: Any) -> bytes:
-        # The client does not ask again for bytes that fail their checksum.
-        for _ in range(remote.ATTEMPTS - 1):
-            with suppress(DataCorruption):
-                return cast(bytes, blob.download_as_bytes(**request))
-        return cast(bytes, blob.download_as_bytes(**request))
+            generation = None if etag is None else _generation(etag)
+            return self._media.get(self._blob(uri).path, start, length, generation)
 
     def _put(self, uri: str, data: bytes, token: str | None, writer: str) -> bool:
         with _sentences(uri, of_bucket=True):
@@ -176,6 +159,8 @@ def _explained(uri: str, error: BaseException, of_bucket: bool) -> Exception:
         if status == 404 and of_bucket:
             return remote.no_bucket(uri)
         return remote.refused(uri, status, detail, _SIGN_IN)
+    if isinstance(error, urllib3.exceptions.NewConnectionError):  # to urllib3 it is a timeout too
+        return remote.unreachable(uri, error)
     if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
         return remote.late(uri, error)
     if isinstance(error, requests.RequestException | urllib3.exceptions.HTTPError | OSError | TransportError):
@@ -190,5 +175,5 @@ def _status(error: GoogleAPICallError | InvalidResponse) -> tuple[int, str]:
     try:
         detail = str(response.json()["error"]["message"])
     except (AttributeError, LookupError, TypeError, ValueError):
-        detail = getattr(response, "text", "")
+        detail = str(getattr(response, "text", None) or getattr(error, "message", ""))
     return int(getattr(error, "code", None) or response.status_code), detail

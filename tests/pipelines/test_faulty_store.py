@@ -1,6 +1,5 @@
 """A store that fails now and then costs no image, and one that does not is asked once for each."""
 
-import gc
 import hashlib
 import random
 import re
@@ -20,16 +19,6 @@ from transforms.reading import Ahead
 COUNT = 300
 FAULTS = {429: 1.25, 500: 1.25, 503: 1.25, "reset": 1.25, "stall": 1, "cut": 2, "short": 2, "clipped": 1, "garbled": 1}
 """Percent of requests; the first four are the 5 % that fail outright."""
-
-# Google's client leaves a connection to the garbage collector when it tries a download again.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket.socket")
-
-
-@pytest.fixture(autouse=True)
-def collected():
-    """Have those connections end while the mark above holds."""
-    yield
-    gc.collect()
 
 
 @pytest.fixture(scope="module")
