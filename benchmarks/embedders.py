@@ -108,7 +108,7 @@ def ours(images: list[Path], network: "Network", *beam_arguments: str) -> Figure
     result = run(request, Runner(beam_arguments, watch))
     whole = time.perf_counter() - started
     assert result.manifest.accounting.embedded == len(images)
-    spent = {step: result.counters[f"embed/{step}_ms"] / 1000 for step in ("wait", "decode", "infer", "write")}
+    spent = {step: result.counters.get(f"embed/{step}_ms", 0) / 1000 for step in ("wait", "decode", "infer", "write")}
     return {"images_per_second": len(images) / watch.seconds, "whole": len(images) / whole, **spent}
 
 

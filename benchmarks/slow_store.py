@@ -83,7 +83,7 @@ def embed(images: str, store: Path, artifact: str, count: int) -> Run:
     result = run(request, Runner(progress=watch))
     if result.manifest.live != count:
         raise SystemExit(f"{result.manifest.live} of {count} images were embedded; the rest is in {store}")
-    read_ms = result.counters["embed/read_ms"] / count
+    read_ms = result.counters.get("embed/read_ms", 0) / count
     return Run(count / watch.seconds, 1000 * watch.cpu_seconds / count, read_ms)
 
 

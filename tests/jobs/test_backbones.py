@@ -20,7 +20,10 @@ def pixels(folder: Path, side: int, count: int = 12) -> np.ndarray:
     return np.stack([load(path.read_bytes(), (side, side)).pixels for path in pictures])
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+SLOW = ("vgg16_fc2", "vgg19", "resnet50", "inception_v3")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.soak] * (name in SLOW)) for name in BACKBONES])
 def test_the_artifact_gives_what_keras_gives(name, drawn, tmp_path):
     """Random networks give all pictures nearly one direction, so the mean is taken off before comparing."""
     backbone = BACKBONES[name]

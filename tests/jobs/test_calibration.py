@@ -209,6 +209,7 @@ def test_a_description_older_than_the_field_loads(artifact, tmp_path):
     assert read_description(str(copy)).measured == {}
 
 
+@pytest.mark.soak
 def test_real_weights_in_int8_find_what_they_found(tmp_path):
     photos, weights = photos_folder(), weights_file(MOBILENET_V2)
     with backbones.opened("mobilenet_v2", weights) as network:
