@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks.embedders import export
 from benchmarks.pictures import lay_out, source
 from benchmarks.watching import ask
+from benchmarks.weights import weights_of
 from jobs.console import table
 
 PROCESSES = ("--direct_num_workers=0", "--direct_running_mode=multi_processing")
@@ -29,7 +30,6 @@ STEPS = ("wait", "decode", "infer", "write")
 HEADERS = ("system", "images/s", "per core", "× Keras, single", "of the limit", "peak MiB", *(f"{s} %" for s in STEPS))
 _MORE = {"ours": ("whole", "  the whole job"), "parts": ("together", "  its parts on all cores at once")}
 """A second line of a row: the figure's name and its title."""
-_WEIGHTS = "mobilenet_v2_1.0_224_no_top_bnfolded.h5"
 
 
 @dataclass(slots=True)
@@ -128,12 +128,6 @@ def median(row: System, key: str) -> float:
 def cores() -> int:
     """Count the cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def weights_of(backbone: str) -> str:
-    """Return a weights file where there is one for a backbone, else `untrained`."""
-    folder = os.environ.get("LOOKALIKE_WEIGHTS")
-    return str(Path(folder, _WEIGHTS)) if folder and backbone == "mobilenet_v2" else "untrained"
 
 
 def main() -> None:

@@ -86,30 +86,13 @@ def run_inference(images: list[Path], network: "Network") -> Figures:
 
 def ours(images: list[Path], network: "Network", *beam_arguments: str) -> Figures:
     """`lookalike embed`: the time of its graph, and that of the whole job."""
-    from pipelines.embed import EmbedRequest, run
-    from pipelines.runner import Runner, Silent
+    from benchmarks.stage import embed_once
 
-    class Stopwatch(Silent):
-        seconds = 0.0
-
-        def start(self, stage: str, total: int, unit: str) -> None:  # noqa: ARG002
-            self.seconds -= time.perf_counter()
-
-        def finish(self) -> None:
-            self.seconds += time.perf_counter()
-
-    artifact, folder = network.artifact(), images[0].parent
-    store = network.work / "store"
+    store, artifact = network.work / "store", str(network.artifact())
     shutil.rmtree(store, ignore_errors=True)
-    shutil.copytree(artifact, store / "embedders" / artifact.name)
-    watch = Stopwatch()
-    request = EmbedRequest((str(folder),), str(store), str(store / "embedders" / artifact.name), engine=network.engine)
-    started = time.perf_counter()
-    result = run(request, Runner(beam_arguments, watch))
-    whole = time.perf_counter() - started
-    assert result.manifest.accounting.embedded == len(images)
-    spent = {step: result.counters.get(f"embed/{step}_ms", 0) / 1000 for step in ("wait", "decode", "infer", "write")}
-    return {"images_per_second": len(images) / watch.seconds, "whole": len(images) / whole, **spent}
+    done = embed_once(str(images[0].parent), len(images), store, artifact, network.engine, *beam_arguments)
+    spent = {step: done.counters.get(f"embed/{step}_ms", 0) / 1000 for step in ("wait", "decode", "infer", "write")}
+    return {"images_per_second": len(images) / done.seconds, "whole": len(images) / done.whole, **spent}
 
 
 def parts(images: list[Path], network: "Network") -> Figures:

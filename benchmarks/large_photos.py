@@ -21,9 +21,9 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from benchmarks.embed import weights_of
 from benchmarks.embedders import export
 from benchmarks.pictures import find_pictures, source
+from benchmarks.weights import weights_of
 from jobs import backbones
 from jobs.console import table
 from serving import images

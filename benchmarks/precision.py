@@ -13,11 +13,11 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.weights import weights_of
 from jobs import backbones, calibration
 from jobs.console import table
 from serving import storage
@@ -28,7 +28,6 @@ from transforms.listing import Listing
 
 _QUALITY = ("P@1", "P@10", "mAP")
 HEADERS = ["", "ms an image", "times as fast", "bytes", *_QUALITY, *(f"{name}, others" for name in _QUALITY)]
-_WEIGHTS = "mobilenet_v2_1.0_224_no_top_bnfolded.h5"
 _K = 10
 
 
@@ -104,11 +103,15 @@ def compare(photos: str, backbone: str, weights: str) -> tuple[str, list[tuple[o
 
 def main() -> None:
     """Print the table."""
-    folders = {name: os.environ.get(name) for name in ("LOOKALIKE_PHOTOS", "LOOKALIKE_WEIGHTS")}
-    weights = folders["LOOKALIKE_WEIGHTS"] and str(Path(folders["LOOKALIKE_WEIGHTS"], _WEIGHTS))
+    photos, found = os.environ.get("LOOKALIKE_PHOTOS"), weights_of(backbones.DEFAULT)
+    weights = None if found == "untrained" else found
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", default=folders["LOOKALIKE_PHOTOS"], help="a folder (default: $LOOKALIKE_PHOTOS)")
-    parser.add_argument("--weights", default=weights, help="a Keras file (default: one in $LOOKALIKE_WEIGHTS)")
+    parser.add_argument("--photos", default=photos, help="a folder (default: $LOOKALIKE_PHOTOS)")
+    parser.add_argument(
+        "--weights",
+        default=None if weights == "untrained" else weights,
+        help="a Keras file (default: one in $LOOKALIKE_WEIGHTS)",
+    )
     parser.add_argument("--backbone", default=backbones.DEFAULT, choices=backbones.BACKBONES, help="whose weights")
     options = parser.parse_args()
     for name, given in (("photos", options.photos), ("weights", options.weights)):

@@ -19,6 +19,7 @@ from pathlib import Path
 from benchmarks.object_store import BUCKET, ObjectStore, Tally, serving
 from benchmarks.pictures import lay_out, source
 from benchmarks.watching import ask
+from benchmarks.weights import weights_of
 from jobs import backbones
 from jobs.console import table
 
@@ -33,7 +34,6 @@ HEADERS = (
     "at once",
     "CPU ms of the server",
 )
-_WEIGHTS = "mobilenet_v2_1.0_224_no_top_bnfolded.h5"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +63,10 @@ class Round:
 
 def embed(images: str, store: Path, artifact: str, count: int) -> Run:
     """Embed `count` images into a new store, in this process."""
-    from pipelines.embed import EmbedRequest, run
-    from pipelines.runner import Runner, Silent
-    from serving.embedder import copy_artifact
+    from benchmarks.stage import embed_once
 
-    class Stopwatch(Silent):
-        seconds = cpu_seconds = 0.0
-
-        def start(self, stage: str, total: int, unit: str) -> None:  # noqa: ARG002
-            self.seconds -= time.perf_counter()
-            self.cpu_seconds -= time.process_time()
-
-        def finish(self) -> None:
-            self.seconds += time.perf_counter()
-            self.cpu_seconds += time.process_time()
-
-    watch = Stopwatch()
-    request = EmbedRequest((images,), str(store), copy_artifact(artifact, str(store / "embedders")))
-    result = run(request, Runner(progress=watch))
-    if result.manifest.live != count:
-        raise SystemExit(f"{result.manifest.live} of {count} images were embedded; the rest is in {store}")
-    read_ms = result.counters.get("embed/read_ms", 0) / count
-    return Run(count / watch.seconds, 1000 * watch.cpu_seconds / count, read_ms)
+    done = embed_once(images, count, store, artifact)
+    return Run(count / done.seconds, 1000 * done.cpu_seconds / count, done.counters.get("embed/read_ms", 0) / count)
 
 
 def compare(work: Path, count: int, latency_ms: float, rounds: int, artifact: str) -> list[Round]:
@@ -122,10 +104,9 @@ def _figures(run: Run, ratio: float) -> tuple[float, ...]:
 
 def _export(work: Path) -> tuple[str, str]:
     """Return the URI of the network's artifact and what its weights are."""
-    folder = os.environ.get("LOOKALIKE_WEIGHTS")
-    weights = str(Path(folder, _WEIGHTS)) if folder else "untrained"
+    weights = weights_of(backbones.DEFAULT)
     artifact = backbones.ensure_exported(str(work / "embedders"), backbones.DEFAULT, weights)
-    return artifact, "trained" if folder else "random"
+    return artifact, "random" if weights == "untrained" else "trained"
 
 
 def main() -> None:

@@ -23,12 +23,12 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.weights import weights_of
 from jobs.console import table
 
 Vectors = npt.NDArray[np.float32]
 
 STAND_IN = "stand-in, not photos"
-_WEIGHTS = "mobilenet_v2_1.0_224_no_top_bnfolded.h5"
 _PICTURES = (".jpg", ".jpeg", ".png")
 _CHUNK = 8192
 _K = 20
@@ -156,13 +156,13 @@ def unit(rows: npt.NDArray[Any]) -> Vectors:
 
 def find_seeds(cache: Path) -> tuple[Vectors, str]:
     """Return vectors to start from and what they are; the photos' are kept in the folder `cache`."""
-    photos, weights = os.environ.get("LOOKALIKE_PHOTOS"), os.environ.get("LOOKALIKE_WEIGHTS")
-    if not photos or not weights:
+    photos, weights = os.environ.get("LOOKALIKE_PHOTOS"), weights_of("mobilenet_v2")
+    if not photos or weights == "untrained":
         return stand_in(), STAND_IN
     kept = cache / "photos.npy"
     if not kept.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        np.save(kept, embed(Path(photos), Path(weights, _WEIGHTS), cache))
+        np.save(kept, embed(Path(photos), Path(weights), cache))
     return np.load(kept), "photos"
 
 

@@ -13,11 +13,6 @@ from jobs import cli
 from serving import storage
 
 
-@pytest.fixture(params=["disk", "gcs_server", "s3_server"])
-def history(request, tmp_path) -> History:
-    return History(str(tmp_path) if request.param == "disk" else request.getfixturevalue(request.param))
-
-
 @pytest.fixture
 def say(history, capsys):
     """Run a verb on the index; return the exit code, what is printed and what is complained of."""

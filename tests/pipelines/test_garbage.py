@@ -18,16 +18,6 @@ from serving.errors import Conflict, FormatError, LeaseHeld, LeaseLost, NotFound
 from serving.manifest import move_current, read_current
 
 
-@pytest.fixture(params=["disk", "gcs_server", "s3_server"])
-def history(request, tmp_path) -> History:
-    return History(str(tmp_path) if request.param == "disk" else request.getfixturevalue(request.param))
-
-
-@pytest.fixture
-def local(tmp_path) -> History:
-    return History(str(tmp_path))
-
-
 def collect(history: History, store: bool = True, **options) -> Collected:
     request = GcRequest(history.index, history.store if store else None, **{"min_age": 0.0, **options})
     return run(request)

@@ -11,16 +11,6 @@ from serving.errors import Conflict, FormatError, NotFound, UsageError
 from serving.manifest import move_current, read_current
 
 
-@pytest.fixture(params=["disk", "gcs_server", "s3_server"])
-def history(request, tmp_path) -> History:
-    return History(str(tmp_path) if request.param == "disk" else request.getfixturevalue(request.param))
-
-
-@pytest.fixture
-def local(tmp_path) -> History:
-    return History(str(tmp_path))
-
-
 def three(history: History) -> list[str]:
     """Publish three versions of one run."""
     history.commit(range(30))
